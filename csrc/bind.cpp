@@ -1,0 +1,163 @@
+// Binds the CPU kernels to the PyTorch dispatcher: tensors to parameter structs, nothing else.
+// Schemas come from Python.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/commit.hpp"
+#include "cpu/error.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/topk_logprobs.hpp"
+#include "cpu/tree_mask.hpp"
+#include "cpu/write_kv.hpp"
+#include "shape_table.hpp"
+#include "tensor.hpp"
+
+namespace specdec {
+namespace {
+
+std::tuple<Tensor, Tensor> tree_mask_cpu(const Tensor& parents, const Tensor& num_nodes) {
+  check_shapes("tree_mask", {parents, num_nodes});
+  const int64_t batch = parents.size(0), nodes = parents.size(1), words = num_words(nodes);
+  Tensor ancestors = empty({batch, nodes, words}, ScalarType::Long);
+  Tensor depths = empty({batch, nodes}, ScalarType::Int);
+  cpu_kernels().tree_mask({
+      .parents = data<int32_t>(parents),
+      .num_nodes = data<int32_t>(num_nodes),
+      .ancestors = mutable_data<int64_t>(ancestors),
+      .depths = mutable_data<int32_t>(depths),
+      .stride_parents_b = parents.stride(0),
+      .stride_parents_n = parents.stride(1),
+      .stride_num_nodes = num_nodes.stride(0),
+      .batch = int32(batch),
+      .nodes = int32(nodes),
+      .words = int32(words),
+  });
+  return {ancestors, depths};
+}
+
+void write_kv_cpu(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache,
+                  const Tensor& lengths, const Tensor& num_nodes, OptionalTensor page_table) {
+  check_shapes("write_kv", {k, v, k_cache, v_cache, lengths, num_nodes, page_table});
+  check_cache_rows("write_kv", k_cache, lengths, page_table);
+  cpu_kernels().write_kv({
+      .k_cache = cache_view(k_cache),
+      .v_cache = cache_view(v_cache),
+      .k = cache_view(k),
+      .v = cache_view(v),
+      .slots = slot_map(k_cache, page_table),
+      .lengths = data<int32_t>(lengths),
+      .num_nodes = data<int32_t>(num_nodes),
+      .stride_lengths = lengths.stride(0),
+      .stride_num_nodes = num_nodes.stride(0),
+      .capacity = capacity(k_cache, page_table),
+      .batch = int32(k.size(0)),
+      .nodes = int32(k.size(2)),
+      .dtype = dtype_of(k),
+  });
+}
+
+Tensor commit_cpu(std::vector<Tensor> k_caches, std::vector<Tensor> v_caches, Tensor lengths,
+                  const Tensor& path, const Tensor& num_kept, OptionalTensor page_table,
+                  OptionalTensor hidden) {
+  check_shapes("commit", {k_caches, v_caches, lengths, path, num_kept, page_table, hidden});
+  std::vector<CacheView> caches;
+  for (const auto* list : {&k_caches, &v_caches}) {
+    for (const Tensor& cache : *list) {
+      check_cache_rows("commit", cache, lengths, page_table);
+      caches.push_back(cache_view(cache));
+    }
+  }
+  CommitParams params{};
+  params.caches = caches.data();
+  params.num_caches = static_cast<int64_t>(caches.size());
+  params.lengths = mutable_data<int32_t>(lengths);
+  params.path = data<int32_t>(path);
+  params.num_kept = data<int32_t>(num_kept);
+  params.stride_lengths = lengths.stride(0);
+  params.stride_path_b = path.stride(0);
+  params.stride_path_n = path.stride(1);
+  params.stride_num_kept = num_kept.stride(0);
+  params.batch = int32(path.size(0));
+  params.nodes = int32(path.size(1));
+  if (!caches.empty()) {
+    const Tensor& any = k_caches.empty() ? v_caches.front() : k_caches.front();
+    params.slots = slot_map(any, page_table);
+    params.capacity = capacity(any, page_table);
+    params.dtype = dtype_of(any);
+  }
+  Tensor hidden_out = empty({0, 0, 0}, ScalarType::Float);
+  if (hidden) {
+    hidden_out = empty({hidden->size(0), hidden->size(1), hidden->size(2)}, hidden->scalar_type());
+    params.hidden = hidden->const_data_ptr();
+    params.hidden_out = hidden_out.mutable_data_ptr();
+    params.stride_hidden_b = hidden->stride(0);
+    params.stride_hidden_n = hidden->stride(1);
+    params.stride_hidden_f = hidden->stride(2);
+    params.features = int32(hidden->size(2));
+    params.hidden_dtype = dtype_of(*hidden);
+  }
+  cpu_kernels().commit(params);
+  return hidden_out;
+}
+
+std::tuple<Tensor, Tensor> topk_logprobs_cpu(const Tensor& logits, int64_t k) {
+  check_shapes("topk_logprobs", {logits});
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  if (k < 1 || k > vocab) {
+    fail("topk_logprobs: k must be in [1, V] = [1, %ld], got %ld", vocab, k);
+  }
+  Tensor logprobs = empty({rows, k}, ScalarType::Float);
+  Tensor tokens = empty({rows, k}, ScalarType::Long);
+  cpu_kernels().topk_logprobs({
+      .logits = logits.const_data_ptr(),
+      .logprobs = mutable_data<float>(logprobs),
+      .tokens = mutable_data<int64_t>(tokens),
+      .stride_row = logits.stride(0),
+      .stride_vocab = logits.stride(1),
+      .rows = int32(rows),
+      .vocab = int32(vocab),
+      .k = int32(k),
+      .dtype = dtype_of(logits),
+  });
+  return {logprobs, tokens};
+}
+
+bool built_with_cuda() {
+#if defined(SPECDEC_WITH_CUDA)
+  return true;
+#else
+  return false;
+#endif
+}
+
+std::string cpu_capability() { return cpu_kernels().name; }
+
+void declare(std::string op, std::string table) { declare_shapes(op, table); }
+
+}  // namespace
+}  // namespace specdec
+
+STABLE_TORCH_LIBRARY(specdec_kernels_native, library) {
+  library.def("declare(str op, str table) -> ()");
+  library.def("built_with_cuda() -> bool");
+  library.def("cpu_capability() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(specdec_kernels_native, CompositeExplicitAutograd, library) {
+  library.impl("declare", TORCH_BOX(&specdec::declare));
+  library.impl("built_with_cuda", TORCH_BOX(&specdec::built_with_cuda));
+  library.impl("cpu_capability", TORCH_BOX(&specdec::cpu_capability));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(specdec_kernels, CPU, library) {
+  library.impl("tree_mask", TORCH_BOX(&specdec::tree_mask_cpu));
+  library.impl("write_kv", TORCH_BOX(&specdec::write_kv_cpu));
+  library.impl("commit", TORCH_BOX(&specdec::commit_cpu));
+  library.impl("topk_logprobs", TORCH_BOX(&specdec::topk_logprobs_cpu));
+}

@@ -1,0 +1,55 @@
+// A key or value cache as the kernels see it: contiguous [B, G, S, D] or pages [C, G, S, D], any
+// strides.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../core/numeric.hpp"
+
+namespace specdec {
+
+struct CacheView {
+  void* data;
+  int64_t stride_c, stride_g, stride_s, stride_d;
+  int32_t heads, head_dim;
+};
+
+// Where the slots of each request lie. A null page table means that request b owns row b of the
+// cache.
+struct SlotMap {
+  const int32_t* page_table;  // [B, M]
+  int64_t stride_b, stride_m;
+  int32_t pages, page_size;
+
+  int64_t page(int64_t b, int64_t slot) const {
+    return page_table == nullptr ? b : page_table[b * stride_b + slot / page_size * stride_m];
+  }
+  int64_t offset(int64_t slot) const { return page_table == nullptr ? slot : slot % page_size; }
+};
+
+namespace SPECDEC_ISA {
+
+// The first element of one head in one slot, as bytes.
+inline char* slot_bytes(const CacheView& cache, const SlotMap& slots, int64_t b, int64_t g,
+                        int64_t slot, int64_t bytes) {
+  const int64_t element = slots.page(b, slot) * cache.stride_c + g * cache.stride_g +
+                          slots.offset(slot) * cache.stride_s;
+  return static_cast<char*>(cache.data) + element * bytes;
+}
+
+// `num` elements of `bytes` bytes (2 or 4), strides in elements.
+inline void copy_elements(char* target, int64_t target_stride, const char* source,
+                          int64_t source_stride, int64_t num, int64_t bytes) {
+  if (target_stride == 1 && source_stride == 1) {
+    std::memcpy(target, source, static_cast<size_t>(num * bytes));
+    return;
+  }
+  for (int64_t i = 0; i < num; ++i) {
+    std::memcpy(target + i * target_stride * bytes, source + i * source_stride * bytes,
+                static_cast<size_t>(bytes));
+  }
+}
+
+}  // namespace SPECDEC_ISA
+}  // namespace specdec

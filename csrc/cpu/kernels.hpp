@@ -1,0 +1,28 @@
+// The CPU kernels of one instruction set, and the choice of the set.
+#pragma once
+
+namespace specdec {
+
+struct CommitParams;
+struct SampleParams;
+struct TopkLogprobsParams;
+struct TreeAttentionParams;
+struct TreeMaskParams;
+struct VerifyParams;
+struct WriteKvParams;
+
+struct CpuKernels {
+  const char* name;
+  void (*commit)(const CommitParams&);
+  void (*sample)(const SampleParams&);
+  void (*topk_logprobs)(const TopkLogprobsParams&);
+  void (*tree_attention)(const TreeAttentionParams&);
+  void (*tree_mask)(const TreeMaskParams&);
+  void (*verify)(const VerifyParams&);
+  void (*write_kv)(const WriteKvParams&);
+};
+
+// Those of the widest instruction set that this CPU and SPECDEC_CPU_CAPABILITY allow.
+const CpuKernels& cpu_kernels();
+
+}  // namespace specdec

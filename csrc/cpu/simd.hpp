@@ -1,0 +1,191 @@
+// SIMD lanes of one native register, for the instruction set this source is compiled for.
+//
+// Arithmetic, comparison and selection are GCC vector extensions, which round like the scalar
+// operators; only what they cannot say (widening products, half floats, reductions) names
+// intrinsics. Everything lives in the namespace of its instruction set, so that no inline function
+// compiled for a wide set is linked into a narrow one.
+#pragma once
+
+// GCC 12 warns about its own undefined registers.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "../core/numeric.hpp"
+
+namespace specdec::SPECDEC_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+typedef float Float __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Int __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Uint __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Short __attribute__((vector_size(kLanes * 2)));
+typedef float HalfFloat __attribute__((vector_size(kLanes * 2)));
+typedef double Double __attribute__((vector_size(kLanes * 4)));
+typedef int64_t Long __attribute__((vector_size(kLanes * 4)));
+
+inline Float load(const float* source) {
+  Float lanes;
+  std::memcpy(&lanes, source, sizeof lanes);
+  return lanes;
+}
+
+inline void store(float* target, Float lanes) { std::memcpy(target, &lanes, sizeof lanes); }
+
+// x in every lane, bits untouched (a NaN, or a pair of bfloat16, stays what it is).
+inline Float splat(float x) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#else
+  return _mm_set1_ps(x);
+#endif
+}
+
+// a * b + c, with one rounding where the instruction set has it.
+inline Float multiply_add(Float a, Float b, Float c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Float larger(Float a, Float b) { return b > a ? b : a; }
+
+inline bool any(Int mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) !=
+         0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask));
+#else
+  return _mm_movemask_epi8(reinterpret_cast<__m128i>(mask)) != 0;
+#endif
+}
+
+#if !defined(__AVX512F__)
+// The lanes of a register by halves, down to four.
+template <class Combine>
+inline __m128 fold(Float lanes, Combine combine) {
+#if defined(__AVX2__)
+  return combine(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+#else
+  (void)combine;
+  return lanes;
+#endif
+}
+
+template <class Combine>
+inline float reduce(Float lanes, Combine combine) {
+  const __m128 four = fold(lanes, combine);
+  const __m128 two = combine(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(combine(two, _mm_shuffle_ps(two, two, 1)));
+}
+#endif
+
+// Not for NaN.
+inline float largest(Float lanes) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(lanes);
+#else
+  return reduce(lanes, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+#endif
+}
+
+inline float sum(Float lanes) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(lanes);
+#else
+  return reduce(lanes, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+#endif
+}
+
+inline double sum(Double lanes) {
+  double total = 0.0;
+  for (int i = 0; i < kLanes / 2; ++i) total += lanes[i];
+  return total;
+}
+
+// kLanes elements, widened to float.
+inline Float load(const Bfloat16* source) {
+  Short raw;
+  std::memcpy(&raw, source, sizeof raw);
+  return reinterpret_cast<Float>(__builtin_convertvector(raw, Uint) << 16);
+}
+
+inline Float load(const Half* source) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#else
+  Float lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = to_float(source[i]);
+  return lanes;
+#endif
+}
+
+// Lane sets for the rules of core/philox.hpp.
+struct VectorLanes {
+  using Float = specdec::SPECDEC_ISA::Float;
+  using Int = specdec::SPECDEC_ISA::Int;
+  using Uint = specdec::SPECDEC_ISA::Uint;
+  static Float splat(float x) { return SPECDEC_ISA::splat(x); }
+  static Uint splat(uint32_t x) { return x - Uint{}; }
+  static Float to_float(Uint x) { return __builtin_convertvector(x, Float); }
+  static Float to_float(Int x) { return __builtin_convertvector(x, Float); }
+  static Int to_bits(Float x) { return reinterpret_cast<Int>(x); }
+  static Float from_bits(Int x) { return reinterpret_cast<Float>(x); }
+  static Float select(Int is_first, Float a, Float b) { return is_first ? a : b; }
+
+  static void multiply_wide(Uint a, uint32_t b, Uint& high, Uint& low) {
+    // products of the even lanes and of the odd ones, each in 64 bits
+#if defined(__AVX512F__)
+    const __m512i factor = _mm512_set1_epi32(static_cast<int>(b));
+    const __m512i lanes = reinterpret_cast<__m512i>(a);
+    const __m512i even = _mm512_mul_epu32(lanes, factor);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(lanes, 32), factor);
+    high = reinterpret_cast<Uint>(_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd));
+    low = reinterpret_cast<Uint>(_mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32)));
+#elif defined(__AVX2__)
+    const __m256i factor = _mm256_set1_epi32(static_cast<int>(b));
+    const __m256i lanes = reinterpret_cast<__m256i>(a);
+    const __m256i even = _mm256_mul_epu32(lanes, factor);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(lanes, 32), factor);
+    high = reinterpret_cast<Uint>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
+    low = reinterpret_cast<Uint>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
+#else
+    const __m128i factor = _mm_set1_epi32(static_cast<int>(b));
+    const __m128i lanes = reinterpret_cast<__m128i>(a);
+    const __m128i low_half = _mm_set1_epi64x(0xFFFFFFFF);
+    const __m128i even = _mm_mul_epu32(lanes, factor);
+    const __m128i odd = _mm_mul_epu32(_mm_srli_epi64(lanes, 32), factor);
+    high = reinterpret_cast<Uint>(
+        _mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(low_half, odd)));
+    low = reinterpret_cast<Uint>(
+        _mm_or_si128(_mm_and_si128(even, low_half), _mm_slli_epi64(odd, 32)));
+#endif
+  }
+};
+
+}  // namespace specdec::SPECDEC_ISA

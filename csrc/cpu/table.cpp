@@ -1,0 +1,18 @@
+// Lists the kernels compiled for one instruction set.
+#include "kernels.hpp"
+
+namespace specdec::SPECDEC_ISA {
+
+void commit(const CommitParams&);
+void sample(const SampleParams&);
+void topk_logprobs(const TopkLogprobsParams&);
+void tree_attention(const TreeAttentionParams&);
+void tree_mask(const TreeMaskParams&);
+void verify(const VerifyParams&);
+void write_kv(const WriteKvParams&);
+
+extern const CpuKernels kernels;
+const CpuKernels kernels{SPECDEC_ISA_NAME, commit,    sample, topk_logprobs,
+                         tree_attention,   tree_mask, verify, write_kv};
+
+}  // namespace specdec::SPECDEC_ISA

@@ -1,0 +1,209 @@
+// Building blocks of attention on one tile of keys: packing, and a register-blocked matrix product.
+//
+// Operands are made of 4-byte quanta along the summed dimension: a float, or a pair of bfloat16
+// where the CPU multiplies pairs. One side is packed [quanta, columns], the other is read one
+// quantum at a time and spread over the lanes, so both products of attention (keys as columns,
+// value dims as columns) are the same loop.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.hpp"
+
+namespace specdec::SPECDEC_ISA {
+
+inline constexpr int32_t kTileKeys = 64;
+#if defined(__AVX512F__)
+inline constexpr int32_t kMaxVectors = 4;  // 6 x 4 accumulators fill the registers
+#else
+inline constexpr int32_t kMaxVectors = 2;
+#endif
+inline constexpr int32_t kMaxRows = 6;
+inline constexpr int32_t kMaxDepth = 64;  // products summed before they join a total
+
+constexpr int32_t round_up(int32_t value, int32_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Quanta of one float each; elements of any type are widened.
+template <class Element>
+struct FloatQuanta {
+  using T = Element;
+  static constexpr int32_t kElements = 1;
+  static Float load_quanta(const T* source) { return load(source); }
+  static Float multiply_add(Float a, Float b, Float total) {
+    return SPECDEC_ISA::multiply_add(a, b, total);
+  }
+  static void pack(const T* source, float* target) { *target = to_float(*source); }
+  static void pack_probs(const float* probs, float* target) {
+    for (int32_t i = 0; i < kTileKeys; i += kLanes) store(target + i, load(probs + i));
+  }
+  // Quanta of value rows: here one row each.
+  static void store_values(const T* row, const T*, float* target) { store(target, load(row)); }
+};
+
+#if defined(__AVX512BF16__)
+// Quanta of two bfloat16 each, multiplied exactly and accumulated in float.
+struct Bfloat16Pairs {
+  using T = Bfloat16;
+  static constexpr int32_t kElements = 2;
+  static Float load_quanta(const T* source) { return load(reinterpret_cast<const float*>(source)); }
+  static Float multiply_add(Float a, Float b, Float total) {
+    return _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  static void pack(const T* source, float* target) { std::memcpy(target, source, sizeof *target); }
+  static void pack_probs(const float* probs, float* target) {
+    for (int32_t i = 0; i < kTileKeys; i += 2 * kLanes) {
+      const __m512bh pairs = _mm512_cvtne2ps_pbh(load(probs + i + kLanes), load(probs + i));
+      store(target + i / 2, reinterpret_cast<Float>(pairs));
+    }
+  }
+  // Quanta of value rows: element e of two keys side by side.
+  static void store_values(const T* even, const T* odd, float* target) {
+    Short low, high;
+    std::memcpy(&low, even, sizeof low);
+    std::memcpy(&high, odd, sizeof high);
+    const Uint pairs = __builtin_convertvector(low, Uint) | __builtin_convertvector(high, Uint)
+                                                                << 16;
+    store(target, reinterpret_cast<Float>(pairs));
+  }
+};
+#endif
+
+// Adds sum over k of a[r, k] * b[k, c] to total[r, c] * scales[r] (to 0 without `scales`), for
+// kRows rows and kVectors registers of columns. The sum starts from zero, so that a long total does
+// not round every product.
+template <class Quanta, int kRows, int kVectors>
+void multiply_block(const float* a, int64_t stride_a, const float* b, int64_t stride_b,
+                    int32_t depth, const float* scales, float* total, int64_t stride_total) {
+  Float sums[kRows][kVectors];  // in registers: every loop over it is unrolled
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = Float{};
+  }
+  for (int32_t k = 0; k < depth; ++k) {
+    Float columns[kVectors];
+    for (int v = 0; v < kVectors; ++v) columns[v] = load(b + k * stride_b + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Float row = splat(a[r * stride_a + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        sums[r][v] = Quanta::multiply_add(row, columns[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      float* target = total + r * stride_total + v * kLanes;
+      if (scales != nullptr) sums[r][v] = multiply_add(load(target), splat(scales[r]), sums[r][v]);
+      store(target, sums[r][v]);
+    }
+  }
+}
+
+using MultiplyBlock = void (*)(const float*, int64_t, const float*, int64_t, int32_t, const float*,
+                               float*, int64_t);
+
+template <class Quanta, int... kIndices>
+constexpr MultiplyBlock choose_block(int index, std::integer_sequence<int, kIndices...>) {
+  constexpr MultiplyBlock kBlocks[] = {
+      multiply_block<Quanta, kIndices / kMaxVectors + 1, kIndices % kMaxVectors + 1>...};
+  return kBlocks[index];
+}
+
+// `multiply_block` for up to kMaxRows rows and any number of columns, a multiple of kLanes.
+template <class Quanta>
+void multiply(const float* a, int64_t stride_a, const float* b, int32_t depth, const float* scales,
+              float* total, int32_t rows, int32_t columns) {
+  constexpr auto kBlocks = std::make_integer_sequence<int, kMaxRows * kMaxVectors>();
+  constexpr float kOnes[kMaxRows] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
+  for (int32_t c = 0; c < columns; c += kMaxVectors * kLanes) {
+    const int32_t left = (columns - c) / kLanes;
+    const int32_t vectors = left < kMaxVectors ? left : kMaxVectors;
+    const MultiplyBlock block =
+        choose_block<Quanta>((rows - 1) * kMaxVectors + vectors - 1, kBlocks);
+    for (int32_t k = 0; k < depth; k += kMaxDepth) {
+      const int32_t part = depth - k < kMaxDepth ? depth - k : kMaxDepth;
+      block(a + k, stride_a, b + int64_t{k} * columns + c, columns, part, k == 0 ? scales : kOnes,
+            total + c, columns);
+    }
+  }
+}
+
+// One step of a transposition: swaps the off-diagonal blocks of size kStep of two rows.
+template <int kStep, int... kLane>
+[[gnu::always_inline]] inline void swap_blocks(Float& a, Float& b,
+                                               std::integer_sequence<int, kLane...>) {
+  const Float first =
+      __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+  a = first;
+}
+
+template <int kStep = kLanes / 2>
+[[gnu::always_inline]] inline void transpose(Float (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(i & kStep)) {
+      swap_blocks<kStep>(rows[i], rows[i | kStep], std::make_integer_sequence<int, kLanes>());
+    }
+  }
+  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
+}
+
+// The rows of a tile, each contiguous.
+template <class T>
+using TileRows = const T* [kTileKeys];
+
+// Loads `num` elements, fewer than a register holds, and zeros.
+template <class T, int kElements>
+const T* padded(const T* row, int32_t num, T (&buffer)[kElements]) {
+  std::memset(buffer, 0, sizeof buffer);
+  std::memcpy(buffer, row, static_cast<size_t>(num) * sizeof(T));
+  return buffer;
+}
+
+// Keys as columns: target [quanta of D, kTileKeys].
+template <class Quanta>
+void pack_keys(const TileRows<typename Quanta::T>& keys, int32_t dim, float* target) {
+  constexpr int32_t kWidth = kLanes * Quanta::kElements;
+  typename Quanta::T buffer[kWidth];
+  const int32_t full = dim / kWidth * kWidth;
+  for (int32_t key = 0; key < kTileKeys; key += kLanes) {
+    Float rows[kLanes];
+    float* columns = target + key;
+    for (int32_t first = 0; first < full; first += kWidth, columns += kLanes * kTileKeys) {
+#pragma GCC unroll 16
+      for (int32_t i = 0; i < kLanes; ++i) rows[i] = Quanta::load_quanta(keys[key + i] + first);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int32_t i = 0; i < kLanes; ++i) store(columns + i * kTileKeys, rows[i]);
+    }
+    if (full == dim) continue;
+    for (int32_t i = 0; i < kLanes; ++i) {
+      rows[i] = Quanta::load_quanta(padded(keys[key + i] + full, dim - full, buffer));
+    }
+    transpose(rows);
+    for (int32_t i = 0; i * Quanta::kElements < dim - full; ++i)
+      store(columns + i * kTileKeys, rows[i]);
+  }
+}
+
+// Value dims as columns: target [quanta of kTileKeys, columns].
+template <class Quanta>
+void pack_values(const TileRows<typename Quanta::T>& values, int32_t dim, int32_t columns,
+                 float* target) {
+  typename Quanta::T buffers[2][kLanes];
+  const int32_t full = dim / kLanes * kLanes;
+  for (int32_t key = 0; key < kTileKeys; key += Quanta::kElements, target += columns) {
+    const auto* even = values[key];
+    const auto* odd = values[key + Quanta::kElements - 1];
+    for (int32_t e = 0; e < full; e += kLanes) Quanta::store_values(even + e, odd + e, target + e);
+    if (full == dim) continue;
+    Quanta::store_values(padded(even + full, dim - full, buffers[0]),
+                         padded(odd + full, dim - full, buffers[1]), target + full);
+  }
+}
+
+}  // namespace specdec::SPECDEC_ISA

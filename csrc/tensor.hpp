@@ -1,0 +1,86 @@
+// From torch tensors to what the kernels take.
+#pragma once
+
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "cpu/cache.hpp"
+#include "cpu/error.hpp"
+
+namespace specdec {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline int32_t int32(int64_t size) {
+  if (size > INT32_MAX) fail("sizes must fit in 32 bits, got %ld", size);
+  return static_cast<int32_t>(size);
+}
+
+inline int64_t num_words(int64_t nodes) { return (nodes + 63) / 64; }
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+const T* data(const OptionalTensor& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+template <class T>
+T* mutable_data(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+}
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBfloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+inline CacheView cache_view(const Tensor& cache) {
+  return {const_cast<void*>(cache.const_data_ptr()),
+          cache.stride(0),
+          cache.stride(1),
+          cache.stride(2),
+          cache.stride(3),
+          int32(cache.size(1)),
+          int32(cache.size(3))};
+}
+
+inline SlotMap slot_map(const Tensor& cache, const OptionalTensor& page_table) {
+  return {data<int32_t>(page_table), page_table ? page_table->stride(0) : 0,
+          page_table ? page_table->stride(1) : 0, int32(cache.size(0)), int32(cache.size(2))};
+}
+
+// Slots of one request.
+inline int64_t capacity(const Tensor& cache, const OptionalTensor& page_table) {
+  return page_table ? cache.size(2) * page_table->size(1) : cache.size(2);
+}
+
+// A contiguous cache has one row per request.
+inline void check_cache_rows(const char* op, const Tensor& cache, const Tensor& lengths,
+                             const OptionalTensor& page_table) {
+  if (!page_table && cache.size(0) != lengths.size(0)) {
+    fail("%s: k_cache must be [B, G, S, D] with B = %ld, got [%ld, %ld, %ld, %ld]", op,
+         lengths.size(0), cache.size(0), cache.size(1), cache.size(2), cache.size(3));
+  }
+}
+
+}  // namespace specdec

@@ -1,0 +1,55 @@
+"""Fused kernels for speculative decoding, and a thin loop that plugs them into HuggingFace
+`generate`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .drafters import DraftContext, Drafter, OracleDrafter, PromptLookupDrafter, RowDrafter
+from .ops import (
+    build_tree,
+    commit,
+    sample,
+    topk_logprobs,
+    tree_attention,
+    tree_mask,
+    verify,
+    write_kv,
+)
+from .registry import available
+from .tree import DraftKind, Proposal, TokenTree
+
+if TYPE_CHECKING:
+    from .hf import SpeculativeDecoder, generate
+
+__version__ = "0.1.0"
+__all__ = [
+    "DraftContext",
+    "DraftKind",
+    "Drafter",
+    "OracleDrafter",
+    "PromptLookupDrafter",
+    "Proposal",
+    "RowDrafter",
+    "SpeculativeDecoder",
+    "TokenTree",
+    "available",
+    "build_tree",
+    "commit",
+    "generate",
+    "sample",
+    "topk_logprobs",
+    "tree_attention",
+    "tree_mask",
+    "verify",
+    "write_kv",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("SpeculativeDecoder", "generate"):  # transformers takes seconds to import
+        from . import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Benchmarks: correct first, timed second, in the same run."""

@@ -1,0 +1,206 @@
+"""The same work as each operator, written as a HuggingFace user would.
+
+A baseline prepares untimed what its user would already hold (lists, masks, an index) and returns
+the call to time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..hf.baseline import growing_layer, sdpa_attention, warpers
+from ..registry import OPS
+
+Inputs = dict[str, Any]
+
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05}
+"""Sampling parameters of every bench row that samples."""
+
+
+class Run(NamedTuple):
+    """One finished call: what it returned, and its inputs afterwards; some are written in place."""
+
+    outputs: Any
+    inputs: Inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """A way to do an operator's work without it."""
+
+    name: str
+    prepare: Callable[[Inputs], Callable[[], Any]]
+    agrees: Callable[[Run, Run], bool] | None
+    """Whether its run and the reference's did the same; None where each draws its own numbers."""
+
+
+def _tree_bits(inputs: Inputs) -> Tensor:
+    """[B, N, N] bool from the ancestor words."""
+    nodes = inputs["ancestors"].shape[1]
+    index = torch.arange(nodes, device=inputs["ancestors"].device)
+    words: Tensor = inputs["ancestors"][:, :, index // 64]
+    return (words >> (index % 64) & 1).bool()
+
+
+def _dense_mask(inputs: Inputs) -> Tensor:
+    """[B, 1, N, S] bool for a full cache: the whole prefix, then the tree."""
+    bits = _tree_bits(inputs)
+    prefix = bits.new_ones((*bits.shape[:2], inputs["k_cache"].shape[2] - bits.shape[2]))
+    return torch.cat([prefix, bits], -1)[:, None]
+
+
+def _hf_sdpa(inputs: Inputs) -> Callable[[], Tensor]:
+    q, k, v = inputs["q"], inputs["k_cache"], inputs["v_cache"]
+    return partial(sdpa_attention, q, k, v, _dense_mask(inputs), inputs["scale"])
+
+
+def _gqa_sdpa(inputs: Inputs) -> Callable[[], Tensor]:
+    q, k, v, mask = inputs["q"], inputs["k_cache"], inputs["v_cache"], _dense_mask(inputs)
+
+    def call() -> Tensor:
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=inputs["scale"], enable_gqa=True
+        )
+        return out.transpose(1, 2).contiguous()
+
+    return call
+
+
+def _same_attention(own: Run, reference: Run) -> bool:
+    expected = reference.outputs[0].transpose(1, 2).float()
+    error = (own.outputs.float() - expected).abs().max()
+    return bool(error <= 1e-2 * expected.abs().max())
+
+
+def _walker(inputs: Inputs) -> Callable[[list[int]], tuple[list[int], int]]:
+    """Follow the token drawn at each node while it is a drafted child."""
+    edges = zip(inputs["parents"][0].tolist(), inputs["tokens"][0].tolist(), strict=True)
+    children = {edge: node for node, edge in enumerate(edges) if node}
+
+    def walk(drawn: list[int]) -> tuple[list[int], int]:
+        path = [0]
+        while (child := children.get((path[-1], drawn[path[-1]]))) is not None:
+            path.append(child)
+        return path, drawn[path[-1]]
+
+    return walk
+
+
+def _argmax_walk(inputs: Inputs) -> Callable[[], tuple[list[int], int]]:
+    logits, walk = inputs["logits"], _walker(inputs)
+    return lambda: walk(logits[0].argmax(-1).tolist())
+
+
+def _same_path(own: Run, reference: Run) -> bool:
+    path, token = own.outputs
+    accepted, count, next_tokens, _ = reference.outputs
+    kept = accepted[0, : int(count[0]) + 1].tolist()
+    return bool(path == kept) and token == int(next_tokens[0])
+
+
+def _draw_like_hf(logits: Tensor) -> Callable[[], Tensor]:
+    """Filter and draw one token per row of [R, V] logits."""
+    filters = warpers(**SAMPLING)
+    prompt: Any = None  # none of these filters looks at the ids
+
+    def call() -> Tensor:
+        return torch.multinomial(filters(prompt, logits.float()).softmax(-1), 1)[:, 0]
+
+    return call
+
+
+def _draw_walk(inputs: Inputs) -> Callable[[], tuple[list[int], int]]:
+    walk, draw = _walker(inputs), _draw_like_hf(inputs["logits"][0])
+    return lambda: walk(draw().tolist())
+
+
+def _log_softmax_topk(inputs: Inputs) -> Callable[[], Any]:
+    logits, k = inputs["logits"], inputs["k"]
+    return lambda: logits.log_softmax(-1, dtype=torch.float32).topk(k)
+
+
+def _same_logprobs(own: Run, reference: Run) -> bool:
+    # equal logits come in any order from torch.topk, so the ids may differ
+    return torch.allclose(own.outputs.values, reference.outputs[0], rtol=1e-4, atol=1e-4)
+
+
+def _index_and_copy(inputs: Inputs) -> Callable[[], None]:
+    caches, lengths = (*inputs["k_caches"], *inputs["v_caches"]), inputs["lengths"]
+    first, kept = int(lengths[0]), int(inputs["num_kept"][0])
+    source = first + inputs["path"][0, :kept].long()
+
+    def call() -> None:
+        for cache in caches:
+            cache[:, :, first : first + kept] = cache.index_select(2, source)
+        lengths.add_(kept)
+
+    return call
+
+
+def _same_caches(own: Run, reference: Run) -> bool:
+    return all(
+        torch.equal(mine, theirs)
+        for name in ("k_caches", "v_caches")
+        for mine, theirs in zip(own.inputs[name], reference.inputs[name], strict=True)
+    ) and torch.equal(own.inputs["lengths"], reference.inputs["lengths"])
+
+
+def _dynamic_layer(inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor]]:
+    length = int(inputs["lengths"][0])
+    prefix = (inputs[name][:, :, :length] for name in ("k_cache", "v_cache"))
+    return partial(growing_layer(*prefix).update, inputs["k"], inputs["v"])
+
+
+def _same_prefix(own: Run, reference: Run) -> bool:
+    written = (reference.inputs[name] for name in ("k_cache", "v_cache"))
+    return all(
+        torch.equal(grown, cache[:, :, : grown.shape[2]])
+        for grown, cache in zip(own.outputs, written, strict=True)
+    )
+
+
+def _row_by_row(inputs: Inputs) -> Callable[[], tuple[Tensor, list[int]]]:
+    parents = inputs["parents"][0].tolist()
+
+    def call() -> tuple[Tensor, list[int]]:
+        mask = torch.eye(len(parents), dtype=torch.bool)
+        depths = [0] * len(parents)
+        for i, parent in enumerate(parents[1:], 1):
+            mask[i] |= mask[parent]
+            depths[i] = depths[parent] + 1
+        return mask, depths
+
+    return call
+
+
+def _same_mask(own: Run, reference: Run) -> bool:
+    mask, depths = own.outputs
+    bits = _tree_bits({"ancestors": reference.outputs[0]})[0].cpu()
+    return torch.equal(mask, bits) and bool(depths == reference.outputs[1][0].tolist())
+
+
+def _python_heap(inputs: Inputs) -> Callable[[], Any]:
+    return partial(OPS["build_tree"].reference, **inputs)
+
+
+def _same_tree(own: Run, reference: Run) -> bool:
+    return all(map(torch.equal, own.outputs, reference.outputs))
+
+
+HF_SDPA = Baseline("hf sdpa", _hf_sdpa, _same_attention)
+GQA_SDPA = Baseline("sdpa enable_gqa", _gqa_sdpa, _same_attention)
+ARGMAX_WALK = Baseline("argmax + walk", _argmax_walk, _same_path)
+DRAW_WALK = Baseline("hf warpers + multinomial + walk", _draw_walk, None)
+DRAW = Baseline("hf warpers + multinomial", lambda inputs: _draw_like_hf(inputs["logits"]), None)
+LOG_SOFTMAX_TOPK = Baseline("log_softmax + topk", _log_softmax_topk, _same_logprobs)
+INDEX_AND_COPY = Baseline("index_select + copy", _index_and_copy, _same_caches)
+DYNAMIC_LAYER = Baseline("hf DynamicCache", _dynamic_layer, _same_prefix)
+ROW_BY_ROW = Baseline("mask row by row", _row_by_row, _same_mask)
+PYTHON_HEAP = Baseline("python heap", _python_heap, _same_tree)

@@ -1,0 +1,214 @@
+"""The bench cases of every operator, in one table: sizes, inputs, baselines, unavoidable work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registry import OPS
+from . import baselines as base
+from .baselines import SAMPLING, Baseline, Inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The least memory traffic and arithmetic of one call."""
+
+    num_bytes: int
+    num_flops: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BenchCase:
+    """One operator at one size."""
+
+    op: str
+    sizes: dict[str, Any]
+    baselines: tuple[Baseline, ...]
+    work: Callable[[Inputs, Any], Work]
+    """From the inputs and the reference's outputs."""
+    make_realistic: Callable[[Inputs], Inputs]
+    """Turns the operator's own test inputs into what a decoder holds."""
+
+    @property
+    def name(self) -> str:
+        """Like "B1_N16_H9_G3_D64_S1024"."""
+        parts = (key if value is True else f"{key}{value}" for key, value in self.sizes.items())
+        return "_".join(parts)
+
+    @property
+    def is_quick(self) -> bool:
+        """Small enough for a first look."""
+        largest = {"S": 1024, "V": 49152, "D": 64}
+        return all(self.sizes.get(key, 0) <= value for key, value in largest.items())
+
+    def inputs(self, device: str = "cpu") -> Inputs:
+        """bfloat16 arguments of one call."""
+        made = OPS[self.op].inputs(**self.sizes, dtype=torch.bfloat16)
+        copied: Inputs = copy_to(self.make_realistic(made), device)
+        return copied
+
+
+def copy_to(value: Any, device: str) -> Any:
+    """A deep copy of tensors in dicts and lists; anything else is kept."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, dict):
+        return {name: copy_to(item, device) for name, item in value.items()}
+    return [copy_to(item, device) for item in value] if isinstance(value, list) else value
+
+
+def num_bytes(*values: Any) -> int:
+    """Bytes of the tensors, also those inside lists and tuples."""
+    return sum(
+        value.nbytes
+        if isinstance(value, Tensor)
+        else num_bytes(*value)
+        if isinstance(value, (list, tuple))
+        else 0
+        for value in values
+    )
+
+
+def _contiguous_cache(inputs: Inputs) -> Inputs:
+    """Caches in [B, G, S, D] memory order, as the decoder allocates them; no LSE."""
+    made = {**inputs, "return_lse": False} if "return_lse" in inputs else dict(inputs)
+    for name in {"k_cache", "v_cache"} & made.keys():
+        made[name] = made[name].contiguous()
+    for name in {"k_caches", "v_caches"} & made.keys():
+        made[name] = [cache.contiguous() for cache in made[name]]
+    return made
+
+
+def _model_rows(inputs: Inputs) -> Inputs:
+    """Contiguous rows without bias; where they are sampled, by the same filters in every row."""
+    made = {**inputs, "logits": inputs["logits"].contiguous()}
+    if "bias" in made:
+        made["bias"] = None
+    if "temperature" in made:
+        for name, value in SAMPLING.items():
+            made[name] = torch.full_like(made[name], value)
+    return made
+
+
+def _likely_drafts(inputs: Inputs) -> Inputs:
+    """Logits that like the tokens on the way to the last node: mostly accepted, sampled or not."""
+    made = _model_rows(inputs)
+    parents, tokens = (made[name][0].tolist() for name in ("parents", "tokens"))
+    node = len(parents) - 1
+    while node > 0:
+        made["logits"][0, parents[node], tokens[node]] += 8
+        node = parents[node]
+    return made
+
+
+def _unchanged(inputs: Inputs) -> Inputs:
+    return inputs
+
+
+def _attention_work(inputs: Inputs, outputs: Any) -> Work:
+    """Queries, the whole cache once for all heads of a group, the result; two products."""
+    q, k, v = inputs["q"], inputs["k_cache"], inputs["v_cache"]
+    flops = 2 * q[..., 0].numel() * k.shape[2] * (k.shape[3] + v.shape[3])
+    return Work(num_bytes(q, k, v, outputs[0]), flops)
+
+
+def _write_work(inputs: Inputs, outputs: Any) -> Work:
+    return Work(2 * num_bytes(inputs["k"], inputs["v"]))
+
+
+def _verify_work(inputs: Inputs, outputs: Any) -> Work:
+    """The rows on the walk."""
+    row = inputs["logits"][0, 0].nbytes
+    return Work(int((outputs[1] + 1).sum()) * row)
+
+
+def _rows_work(inputs: Inputs, outputs: Any) -> Work:
+    return Work(num_bytes(inputs["logits"], *outputs))
+
+
+def _commit_work(inputs: Inputs, outputs: Any) -> Work:
+    """Each kept slot that changes place, read and written in every layer."""
+    path = inputs["path"][0, : int(inputs["num_kept"][0])]
+    moved = int((path != torch.arange(len(path), device=path.device)).sum())
+    slot = sum(cache[0, :, 0].nbytes for cache in (*inputs["k_caches"], *inputs["v_caches"]))
+    return Work(2 * moved * slot)
+
+
+def _small_work(inputs: Inputs, outputs: Any) -> Work:
+    return Work(num_bytes(*inputs.values(), *outputs))
+
+
+_SMALL = {"G": 3, "D": 64}  # a 135M model
+_LARGE = {"G": 8, "D": 128}  # an 8B model
+_DRAWN_ROWS = [{"R": rows, "V": vocab} for vocab in (49152, 151936) for rows in (1, 16)]
+_TREE_ROWS = [
+    {"B": 1, "N": nodes, "V": vocab} for vocab in (49152, 151936) for nodes in (1, 16, 64)
+]
+
+CASES: tuple[BenchCase, ...] = (
+    *(
+        BenchCase(
+            "tree_attention",
+            {"B": 1, "N": nodes, "H": heads, **cache, "S": slots},
+            (base.HF_SDPA, base.GQA_SDPA),
+            _attention_work,
+            _contiguous_cache,
+        )
+        for heads, cache in ((9, _SMALL), (32, _LARGE))
+        for slots in (1024, 4096)
+        for nodes in (1, 16, 64)
+    ),
+    *(
+        BenchCase(
+            "write_kv",
+            {"B": 1, "N": nodes, **cache, "S": slots},
+            (base.DYNAMIC_LAYER,),
+            _write_work,
+            _contiguous_cache,
+        )
+        for cache in (_SMALL, _LARGE)
+        for slots in (1024, 4096)
+        for nodes in (1, 16)
+    ),
+    *(
+        BenchCase(
+            "commit",
+            {"B": 1, "N": nodes, "L": layers, **cache, "S": 1024},
+            (base.INDEX_AND_COPY,),
+            _commit_work,
+            _contiguous_cache,
+        )
+        for layers, cache in ((30, _SMALL), (32, _LARGE))
+        for nodes in (16, 64)
+    ),
+    *(
+        BenchCase(
+            "verify", {**rows, "greedy": True}, (base.ARGMAX_WALK,), _verify_work, _likely_drafts
+        )
+        for rows in _TREE_ROWS
+    ),
+    *(
+        BenchCase("verify", rows, (base.DRAW_WALK,), _verify_work, _likely_drafts)
+        for rows in _TREE_ROWS
+    ),
+    *(BenchCase("sample", rows, (base.DRAW,), _rows_work, _model_rows) for rows in _DRAWN_ROWS),
+    *(
+        BenchCase(
+            "topk_logprobs", {**rows, "k": 8}, (base.LOG_SOFTMAX_TOPK,), _rows_work, _model_rows
+        )
+        for rows in _DRAWN_ROWS
+    ),
+    *(
+        BenchCase("tree_mask", {"B": 1, "N": nodes}, (base.ROW_BY_ROW,), _small_work, _unchanged)
+        for nodes in (16, 64)
+    ),
+    *(
+        BenchCase("build_tree", {"B": 1, **sizes}, (base.PYTHON_HEAP,), _small_work, _unchanged)
+        for sizes in ({"T": 5, "K": 10, "N": 60, "beams": True}, {"T": 8, "K": 8, "N": 64})
+    ),
+)

@@ -1,0 +1,249 @@
+"""The `specdec` command: generate text, measure, show what runs here.
+
+Modules that import torch or transformers are imported inside the commands that need them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from .output import check_out, progress_bar, publish, status
+
+if TYPE_CHECKING:
+    from .drafters import Drafter
+    from .hf.text import TextModel
+
+app = typer.Typer(
+    help="Speculative decoding with fused kernels: generate text, measure, show what runs here.",
+    add_completion=False,
+    no_args_is_help=True,
+)
+bench_app = typer.Typer(help="Measure operators or whole generations.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+Model = Annotated[str, typer.Option(help='"smollm2", a folder, or an id on the HuggingFace hub.')]
+Dtype = Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Type of the weights.")]
+DrafterName = Annotated[str, typer.Option("--drafter", help='Who drafts; "none" decodes plainly.')]
+MaxNodes = Annotated[
+    int | None, typer.Option(min=1, help="Most nodes of a draft tree, root included.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
+JsonOut = Annotated[
+    Path | None, typer.Option("--json", help='Write the record to this file, "-" for stdout.')
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; its exit code. A user's mistake is one line on stderr."""
+    try:
+        code = app(arguments, prog_name="specdec", standalone_mode=False)
+    except typer.TyperException as error:
+        return _fail(error.format_message() or "no command given; see specdec --help", 2)
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+        return _fail(str(error), 1)
+    return code if isinstance(code, int) else 0
+
+
+@app.command()
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show which operator runs on which backend here, versions and the machine."""
+    import importlib.util
+    from importlib import metadata
+
+    from . import __version__, available
+    from .bench.machine import describe_machine
+    from .registry import NATIVE_LIBRARY, built_with_cuda
+
+    machine = describe_machine()
+    triton = metadata.version("triton") if importlib.util.find_spec("triton") else None
+    versions = {**machine.pop("versions"), "triton": triton, "specdec_kernels": __version__}
+    is_built = NATIVE_LIBRARY.exists()
+    machine["native_library"] = "built" if is_built else "not built; run: pip install ."
+    machine["cuda_kernels"] = "built" if built_with_cuda() else "not built"
+    report = {"versions": versions, "machine": machine, "ops": available()}
+    if as_json:
+        print(json.dumps(report))
+        return
+    from .tables import backends_table, facts_table
+
+    out = Console(highlight=False)
+    out.print(backends_table(report["ops"]))
+    out.print(facts_table({**versions, **machine}))
+
+
+@app.command()
+def generate(
+    model: Model = "smollm2",
+    prompt: Annotated[str | None, typer.Option(help="A raw text to continue.")] = None,
+    chat: Annotated[str | None, typer.Option(help="A message, put in the chat template.")] = None,
+    drafter_name: DrafterName = "prompt_lookup",
+    max_nodes: MaxNodes = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus; 1 is off.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of sampled text.")] = 0,
+    dtype: Dtype = "bf16",
+    threads: Threads = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also without speculation.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
+) -> None:
+    """Generate text, streamed as it is committed; accepted draft tokens in green."""
+    text = prompt if prompt is not None else chat
+    if text is None or (prompt is not None and chat is not None):
+        raise typer.BadParameter("give either --prompt or --chat")
+    if temperature == 0 and (top_k or top_p < 1):
+        raise typer.BadParameter("--top-k and --top-p need --temperature above 0")
+    drafter = _drafter(drafter_name, max_nodes)
+    subject = _load(model, dtype, threads)
+    ids = subject.encode(text, is_chat=prompt is None, max_new_tokens=max_new_tokens)
+
+    from .display import StreamingDisplay
+    from .hf.trial import Trial
+    from .tables import generation_lines
+
+    trial = Trial(
+        subject,
+        ids,
+        drafter,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    with status("warming up"):
+        trial.warm_up(compare=compare)
+    display = None if as_json else StreamingDisplay(Console(), subject.decode)
+    report: dict[str, Any] = {"model": model, "prompt": text, **trial.run(display)}
+    if display is not None:
+        display.end()
+    with status("generating without speculation"):
+        report["compare"] = trial.compare() if compare else None
+    if as_json:
+        print(json.dumps(report))
+        return
+    sys.stdout.flush()
+    for line in generation_lines(report, dtype):
+        typer.echo(line, err=True)
+
+
+@bench_app.command()
+def e2e(
+    model: Model = "smollm2",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Spec-Bench JSON lines; the package's own if not given.")
+    ] = None,
+    categories: Annotated[
+        list[str] | None, typer.Option("--category", help="Only this category; repeatable.")
+    ] = None,
+    limit_per_category: Annotated[
+        int | None, typer.Option(min=1, help="At most this many prompts of each, evenly spread.")
+    ] = None,
+    modes: Annotated[str, typer.Option(help="Comma-separated.")] = "generate,prompt_lookup,specdec",
+    drafter_name: DrafterName = "prompt_lookup",
+    max_nodes: MaxNodes = None,
+    max_new_tokens: MaxNewTokens = 128,
+    dtype: Dtype = "bf16",
+    threads: Threads = None,
+    out: JsonOut = None,
+) -> None:
+    """Time greedy generation prompt by prompt: plain, HuggingFace's prompt lookup, and specdec."""
+    check_out(out)
+    drafter = _drafter(drafter_name, max_nodes)
+
+    from .bench.e2e import check_modes, read_prompts, run_e2e, select_prompts
+    from .tables import e2e_table
+
+    chosen_modes = list(dict.fromkeys(modes.split(",")))
+    check_modes(chosen_modes)
+    chosen = select_prompts(
+        read_prompts(prompts), categories=categories or (), limit=limit_per_category
+    )
+    subject = _load(model, dtype, threads)
+    with progress_bar("measuring", len(chosen) * len(chosen_modes)) as step:
+        record = run_e2e(
+            subject,
+            chosen,
+            modes=chosen_modes,
+            drafter=drafter,
+            max_new_tokens=max_new_tokens,
+            progress=lambda prompt, mode: step(f"{prompt.category} {prompt.question_id} {mode}"),
+        )
+    publish(record, out, e2e_table(record))
+
+
+@bench_app.command()
+def ops(
+    names: Annotated[
+        list[str] | None, typer.Option("--op", help="Only this operator; repeatable.")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Instead of the automatic choice.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, short repeats.")] = False,
+    out: JsonOut = None,
+) -> None:
+    """Time each operator beside what a HuggingFace user runs instead, and the machine's limit."""
+    check_out(out)
+
+    from .bench.cases import CASES
+    from .bench.ops import run_ops
+    from .tables import ops_table
+
+    cases = [c for c in CASES if (not names or c.op in names) and (c.is_quick or not quick)]
+    with progress_bar("measuring", sum(len(case.baselines) for case in cases)) as step:
+        record = run_ops(
+            names,
+            backend=backend,
+            quick=quick,
+            progress=lambda row: step(f"{row['op']} {row['case']}"),
+        )
+    publish(record, out, ops_table(record["rows"]))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from . import __version__
+
+        print(f"specdec {__version__}")
+        raise typer.Exit
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"specdec: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _drafter(name: str, max_nodes: int | None) -> Drafter | None:
+    from .drafters import make_drafter
+
+    if max_nodes is None:
+        return make_drafter(name)
+    drafter = make_drafter(name, max_nodes=max_nodes)
+    if drafter is None:
+        raise typer.BadParameter(f"--max-nodes needs a drafter, got --drafter {name}")
+    return drafter
+
+
+def _load(model: str, dtype: str, threads: int | None) -> TextModel:
+    with status(f"loading {model}"):
+        import torch
+
+        from .hf.text import TextModel, silence_transformers
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        silence_transformers()
+        return TextModel(model, dtype=dtype)

@@ -1,0 +1,264 @@
+"""The decoding loop: draft -> forward -> verify -> commit. It knows no model library."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .drafters.base import DraftContext, Drafter
+from .ops import sample, verify
+from .shapes import PAD
+from .tree import Proposal, TokenTree
+
+
+class Target(Protocol):
+    """The large model, with its cache, as the loop sees it."""
+
+    device: torch.device
+    vocab_size: int
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Fill the cache with all prompt tokens; logits [B, V] of each last one."""
+
+    def forward(self, tree: TokenTree) -> Tensor:
+        """Score every node given its path: logits [B, N, V]. The nodes' K/V wait behind the
+        committed slots.
+        """
+
+    def commit(self, path: Tensor, num_kept: Tensor) -> None:
+        """Keep path nodes [B, N], `num_kept` [B] of each row, and drop the other nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Per-row sampling parameters, each [B] or None, as in `ops.sample`; all None is greedy."""
+
+    seeds: Tensor | None = None
+    temperature: Tensor | None = None
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `sample` and `verify`."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(slots=True)
+class DecodeStats:
+    """What a call of `decode` did.
+
+    Attributes:
+        num_steps: verify steps of each row (forward passes while the row was active).
+        num_tokens: tokens that each row got from verify steps (the first token comes from the
+            prefill).
+        num_drafted, num_accepted: draft tokens proposed and kept, per row.
+        forward_seconds, draft_seconds, total_seconds: wall time of the batch; total includes the
+            prefill.
+    """
+
+    num_steps: list[int]
+    num_tokens: list[int]
+    num_drafted: list[int]
+    num_accepted: list[int]
+    prefill_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean tokens per row and verify step; 1.0 is plain decoding."""
+        return sum(self.num_tokens) / max(1, sum(self.num_steps))
+
+
+Listener = Callable[[int, list[int], int], None]
+"""Called with (row, new tokens, how many of them, from the front, were accepted draft tokens)."""
+
+
+@dataclass(slots=True)
+class _Rows:
+    """The growing sequences of a batch and when they end."""
+
+    sequences: list[list[int]]
+    max_lengths: Sequence[int]
+    should_stop: Callable[[int, list[int]], bool]
+    listener: Listener | None
+    active: list[bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.active = [True] * len(self.sequences)
+
+    def push(self, row: int, tokens: list[int]) -> int:
+        """Append tokens until the row ends; how many were appended."""
+        sequence = self.sequences[row]
+        count = 0
+        for token in tokens:
+            sequence.append(token)
+            count += 1
+            if len(sequence) >= self.max_lengths[row] or self.should_stop(row, sequence):
+                self.active[row] = False
+                break
+        if self.listener is not None:
+            self.listener(row, tokens[:count], min(count, len(tokens) - 1))
+        return count
+
+
+@torch.no_grad()
+def decode(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_lengths: Sequence[int],
+    should_stop: Callable[[int, list[int]], bool] = lambda row, sequence: False,
+    sampling: SamplingParams = SamplingParams(),
+    listener: Listener | None = None,
+) -> tuple[list[list[int]], DecodeStats]:
+    """Continue every prompt as the target alone would.
+
+    Args:
+        target: the model and its empty cache.
+        drafter: proposes trees; None decodes plainly (trees of one node).
+        prompts: B non-empty token lists.
+        max_lengths: [B] most tokens of each sequence, prompt included; above the prompt's length.
+        should_stop: `should_stop(row, sequence)` after every token; True ends the row with that
+            token.
+        sampling: greedy unless given.
+        listener: receives tokens as they are committed.
+
+    Returns:
+        the sequences, prompts included, and statistics.
+
+    Raises:
+        ValueError: a proposal that is not a tree over the vocabulary, naming the drafter.
+        ArithmeticError: target logits without a finite value.
+    """
+    start = time.perf_counter()
+    batch = len(prompts)
+    rows = _Rows([list(p) for p in prompts], max_lengths, should_stop, listener)
+    stats = DecodeStats([0] * batch, [0] * batch, [0] * batch, [0] * batch)
+    if drafter is not None:
+        drafter.begin(batch)
+    logits = target.prefill(prompts)
+    positions = torch.tensor([len(p) for p in prompts], device=target.device)
+    tokens, status = sample(logits, positions=positions, **sampling.arguments())
+    _check_status(status, rows.sequences)
+    for row, token in enumerate(tokens.tolist()):
+        rows.push(row, [token])
+    stats.prefill_seconds = time.perf_counter() - start
+
+    while any(rows.active):
+        before = time.perf_counter()
+        proposal = _propose(drafter, rows, target)
+        drafted = time.perf_counter()
+        tree = proposal.tree
+        logits = target.forward(tree)
+        forwarded = time.perf_counter()
+        positions = torch.tensor([len(s) - 1 for s in rows.sequences], device=target.device)
+        path, num_accepted, next_tokens, status = verify(
+            logits,
+            tree.tokens,
+            tree.parents,
+            tree.num_nodes,
+            positions=positions,
+            kinds=proposal.kinds,
+            **sampling.arguments(),
+        )
+        _check_status(status, rows.sequences)
+        kept = _push_step(rows, stats, tree, path, num_accepted, next_tokens)
+        # Stop rules come first: tokens after a stop are never committed.
+        target.commit(path, torch.tensor(kept, dtype=torch.int32, device=target.device))
+        stats.draft_seconds += drafted - before
+        stats.forward_seconds += forwarded - drafted
+
+    stats.total_seconds = time.perf_counter() - start
+    return rows.sequences, stats
+
+
+def _push_step(
+    rows: _Rows,
+    stats: DecodeStats,
+    tree: TokenTree,
+    path: Tensor,
+    num_accepted: Tensor,
+    next_tokens: Tensor,
+) -> list[int]:
+    """Append what a step emitted; path nodes to keep per row."""
+    along = tree.tokens.gather(1, path.long().clamp_min(0)).tolist()
+    accepted, following, sizes = (
+        num_accepted.tolist(),
+        next_tokens.tolist(),
+        tree.num_nodes.tolist(),
+    )
+    kept = []
+    for row, active in enumerate(list(rows.active)):
+        if not active:
+            kept.append(0)
+            continue
+        # The last pushed token becomes the next root: its K/V is not in the cache.
+        count = rows.push(row, [*along[row][1 : accepted[row] + 1], following[row]])
+        kept.append(count)
+        stats.num_steps[row] += 1
+        stats.num_tokens[row] += count
+        stats.num_drafted[row] += sizes[row] - 1
+        stats.num_accepted[row] += min(count, accepted[row])
+    return kept
+
+
+def _propose(drafter: Drafter | None, rows: _Rows, target: Target) -> Proposal:
+    sequences, active = rows.sequences, rows.active
+    roots = [([s[-1]], [PAD]) if a else ([], []) for s, a in zip(sequences, active, strict=True)]
+    if drafter is None:
+        return Proposal.onehot(roots, target.device)
+    depths = [m - len(s) - 1 for m, s in zip(rows.max_lengths, sequences, strict=True)]
+    context = DraftContext(sequences, active, depths, target.device)
+    name = type(drafter).__name__
+    try:
+        proposal = drafter.propose(context)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    _check_proposal(name, drafter, proposal, context, target.vocab_size)
+    return proposal
+
+
+def _check_proposal(
+    name: str, drafter: Drafter, proposal: Proposal, context: DraftContext, vocab_size: int
+) -> None:
+    tree = proposal.tree
+    batch, nodes = tree.tokens.shape
+    if batch != len(context.sequences) or nodes > drafter.max_nodes:
+        raise ValueError(
+            f"{name}: tree.tokens must be [B, N] with B = {len(context.sequences)} and "
+            f"N <= max_nodes = {drafter.max_nodes}, got {[batch, nodes]}"
+        )
+    rows = zip(tree.tokens.tolist(), tree.num_nodes.tolist(), strict=True)
+    for b, (tokens, size) in enumerate(rows):
+        if not context.active[b]:
+            expected, rule = size == 0, "num_nodes must be 0 in a finished row"
+        else:
+            root = context.sequences[b][-1]
+            expected = 1 <= size <= nodes and tokens[0] == root
+            rule = f"node 0 must be the last committed token {root}"
+        if not expected:
+            raise ValueError(f"{name}: row {b}: {rule}, got {size} nodes {tokens[:4]}")
+        for i, token in enumerate(tokens[:size]):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"{name}: row {b}: tokens[{i}] must be in [0, V) = [0, {vocab_size}), "
+                    f"got {token}"
+                )
+
+
+def _check_status(status: Tensor, sequences: Sequence[Sequence[int]]) -> None:
+    for row, value in enumerate(status.tolist()):
+        if value:
+            raise ArithmeticError(
+                f"decode: row {row}: the target's logits have no finite value "
+                f"after token {len(sequences[row])}"
+            )

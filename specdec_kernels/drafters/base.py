@@ -1,0 +1,78 @@
+"""What a drafter sees and what it must do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..shapes import PAD
+from ..tree import Proposal
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """One decoding step, before the forward pass.
+
+    Attributes:
+        sequences: committed tokens of each row, prompt included; the last one is the root of the
+            row's tree.
+        active: whether a row still runs; a finished row gets a tree of 0 nodes.
+        max_depths: deepest useful node of each row: later ones would pass the length limit.
+        device: where the proposal's tensors belong.
+    """
+
+    sequences: Sequence[Sequence[int]]
+    active: Sequence[bool]
+    max_depths: Sequence[int]
+    device: torch.device
+
+
+class Drafter(ABC):
+    """Guesses continuations; the output stays the target's, it can only be slow or fast.
+
+    Attributes:
+        max_nodes: most nodes of a tree, the root included.
+    """
+
+    max_nodes: int
+
+    def begin(self, batch: int) -> None:  # noqa: B027 - drafters without state have nothing to reset
+        """A new batch of `batch` rows starts: forget the rows of the last one."""
+
+    @abstractmethod
+    def propose(self, context: DraftContext) -> Proposal:
+        """One tree per row."""
+
+
+class RowDrafter(Drafter):
+    """A drafter that looks at one row at a time and draws nothing at random: its drafts are
+    one-hot.
+    """
+
+    def propose(self, context: DraftContext) -> Proposal:
+        """One tree per row, from `propose_row`."""
+        rows: list[tuple[list[int], list[int]]] = []
+        for b, sequence in enumerate(context.sequences):
+            if not context.active[b]:
+                rows.append(([], []))
+                continue
+            tokens, parents = self.propose_row(b, sequence, context.max_depths[b])
+            rows.append(([sequence[-1], *tokens], [PAD, *parents]))
+        return Proposal.onehot(rows, context.device)
+
+    @abstractmethod
+    def propose_row(
+        self, row: int, sequence: Sequence[int], max_depth: int
+    ) -> tuple[list[int], list[int]]:
+        """Draft tokens and their parents as node indices: 0 is the root, draft token i is
+        node i + 1.
+        """
+
+
+def check_max_nodes(name: str, max_nodes: int) -> None:
+    """Raise ValueError unless a tree can hold its root."""
+    if max_nodes < 1:
+        raise ValueError(f"{name}: max_nodes must be >= 1 (the root), got {max_nodes}")

@@ -1,0 +1,53 @@
+"""What transformers itself does at the seams this package replaces, for benches to compare with."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The stock attention function on one layer, with a 4D mask as assisted decoding passes it.
+
+    Args:
+        q: [B, H, N, D] float.
+        k, v: [B, G, S, D] float.
+        mask: [B, 1, N, S] bool, True where a node sees a slot.
+        scale: factor on q.k.
+
+    Returns:
+        [B, N, H, D] float, contiguous.
+    """
+    layer: Any = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], is_causal=True)
+    return sdpa_attention_forward(layer, q, k, v, mask, scaling=scale)[0]
+
+
+def growing_layer(k: Tensor, v: Tensor) -> DynamicLayer:
+    """A layer of the default cache that holds k, v [B, G, S, D]; each update concatenates."""
+    layer = DynamicLayer()
+    layer.lazy_initialization(k, v)
+    layer.keys, layer.values = k, v
+    return layer
+
+
+def warpers(*, temperature: float, top_k: int, top_p: float, min_p: float) -> LogitsProcessorList:
+    """The sampling filters in the order in which `generate` applies them."""
+    return LogitsProcessorList(
+        [
+            TemperatureLogitsWarper(temperature),
+            TopKLogitsWarper(top_k),
+            TopPLogitsWarper(top_p),
+            MinPLogitsWarper(min_p),
+        ]
+    )

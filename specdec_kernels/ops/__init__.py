@@ -1,0 +1,21 @@
+"""The operators, one file each: contract, PyTorch reference, fake, input maker."""
+
+from .build_tree import build_tree
+from .commit import commit
+from .sample import sample
+from .topk_logprobs import topk_logprobs
+from .tree_attention import tree_attention
+from .tree_mask import tree_mask
+from .verify import verify
+from .write_kv import write_kv
+
+__all__ = [
+    "build_tree",
+    "commit",
+    "sample",
+    "topk_logprobs",
+    "tree_attention",
+    "tree_mask",
+    "verify",
+    "write_kv",
+]

@@ -1,0 +1,219 @@
+"""Operators and their backends: one declaration per operator, one table of who can run it.
+
+A function decorated with `@op` is at once the PyTorch reference, the schema (its annotations), the
+documentation and the public entry point. Other backends attach to it by name.
+`torch.ops.specdec_kernels.<op>` is the same operator inside the PyTorch dispatcher: native code
+where it was built, the reference elsewhere, with a fake for `torch.compile`.
+
+Backend choice: the `backend=` argument, then the `SPECDEC_BACKEND` variable, then the device of the
+tensors. An explicit choice that cannot run raises; the automatic choice never changes because
+something failed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from .shapes import check, parse
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NAMESPACE = "specdec_kernels"
+OPS: dict[str, Op[Any, Any]] = {}
+BACKENDS: dict[str, str] = {"reference": "any", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+"""Backend name -> device type of the tensors it runs on ("any": all)."""
+
+NATIVE_LIBRARY = Path(__file__).with_name("_C.so")
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+class Op(Generic[P, R]):
+    """One operator: its reference, its contract, and its backends."""
+
+    def __init__(
+        self,
+        reference: Callable[P, R],
+        *,
+        shapes: str,
+        fake: Callable[P, R],
+        inputs: Callable[..., dict[str, Any]],
+        cases: tuple[dict[str, Any], ...],
+        mutates: tuple[str, ...] = (),
+        tolerance: Mapping[torch.dtype, float] | None = None,
+    ) -> None:
+        functools.update_wrapper(self, reference)
+        self.name = reference.__name__
+        self.reference = reference
+        self.shapes = parse(shapes)
+        self.inputs = inputs
+        self.cases = cases
+        self.mutates = mutates
+        self.tolerance = tolerance  # None: bit for bit
+        self.signature = inspect.signature(reference)
+        self.backends: dict[str, Callable[..., Any]] = {"reference": self._checked(reference)}
+        self._define(fake)
+
+    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.dispatch(*args, **kwargs)
+        backend = backend or os.environ.get("SPECDEC_BACKEND")
+        if backend is not None:
+            return self._explicit(backend, args, kwargs)(*args, **kwargs)
+        try:
+            return self.dispatch(*args, **kwargs)
+        except RuntimeError as error:
+            raise _as_value_error(self.name, error) from None
+
+    def implement(self, backend: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Decorator: attach an implementation with the same signature as the reference."""
+
+        def attach(function: Callable[P, R]) -> Callable[P, R]:
+            self.backends[backend] = self._checked(function)
+            if backend in ("triton",) and not _has_kernel(self.name, "CUDA"):
+                _library.impl(self.name, self.backends[backend], "CUDA")
+            return function
+
+        return attach
+
+    def why_absent(self, backend: str) -> str | None:
+        """Why `backend` cannot run this operator here; None if it can."""
+        if backend not in BACKENDS:
+            return f"unknown; known: {', '.join(BACKENDS)}"
+        if backend in self.backends:
+            needs_gpu = BACKENDS[backend] == "cuda" and not torch.cuda.is_available()
+            return "no CUDA device" if needs_gpu else None
+        if backend in ("cpu", "cuda") and not NATIVE_LIBRARY.exists():
+            return "native library not built"
+        if backend == "cuda" and not built_with_cuda():
+            return "not built (nvcc not found)"
+        return "not written yet"
+
+    def _explicit(
+        self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
+        reason = self.why_absent(backend)
+        device = _device_of((*args, *kwargs.values()))
+        if reason is None and device is not None and BACKENDS[backend] not in ("any", device):
+            reason = f"runs on {BACKENDS[backend]} tensors, got {device}"
+        if reason is not None:
+            usable = [b for b in BACKENDS if self.why_absent(b) is None]
+            raise ValueError(
+                f"{self.name}: backend {backend!r} cannot run: {reason}; "
+                f"usable here: {', '.join(usable)}"
+            )
+        return self.backends[backend]
+
+    def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = self.signature.bind(*args, **kwargs)
+            check(self.name, self.shapes, bound.arguments)
+            return function(*args, **kwargs)
+
+        return call
+
+    def _define(self, fake: Callable[..., Any]) -> None:
+        schema = torch.library.infer_schema(self.reference, mutates_args=self.mutates)
+        _library.define(f"{self.name}{schema}")
+        self.dispatch = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._checked(fake))
+        for backend, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+            if _has_kernel(self.name, key):
+                _declare(self.name, ", ".join(map(str, self.shapes)))
+                self.backends[backend] = self._native
+            else:
+                _library.impl(self.name, self.backends["reference"], key)
+
+    def _native(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.dispatch(*args, **kwargs)
+        except RuntimeError as error:
+            raise _as_value_error(self.name, error) from None
+
+
+def op(**declaration: Any) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Declare an operator; the decorated function is its PyTorch reference.
+
+    Args:
+        shapes: the shape table of its tensors (grammar in `shapes.py`).
+        fake: same signature, returns empty outputs of the right shape, dtype and strides.
+        inputs: `inputs(**sizes, dtype=, seed=)` -> keyword arguments of one valid call.
+        cases: the sizes that tests and benches iterate over.
+        mutates: names of the arguments written in place.
+        tolerance: largest error per dtype, as a fraction of the reference's largest value; None
+            means bit for bit.
+    """
+
+    def declare(reference: Callable[P, R]) -> Op[P, R]:
+        OPS[reference.__name__] = operator = Op(reference, **declaration)
+        return operator
+
+    return declare
+
+
+def available() -> dict[str, dict[str, str | None]]:
+    """Operator -> backend -> None if it runs here, else the reason why not."""
+    return {name: {b: o.why_absent(b) for b in BACKENDS} for name, o in OPS.items()}
+
+
+def built_with_cuda() -> bool:
+    """Whether the native library holds CUDA kernels."""
+    return NATIVE_LIBRARY.exists() and bool(_native_op("built_with_cuda")())
+
+
+def cpu_capability() -> str:
+    """The instruction set that the native CPU kernels chose: "avx512", "avx2" or "default";
+    "none" if not built.
+    """
+    return str(_native_op("cpu_capability")()) if NATIVE_LIBRARY.exists() else "none"
+
+
+def _native_op(name: str) -> Callable[..., Any]:
+    operator: Callable[..., Any] = getattr(getattr(torch.ops, f"{NAMESPACE}_native"), name).default
+    return operator
+
+
+def _declare(name: str, table: str) -> None:
+    _native_op("declare")(name, table)
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def _device_of(values: tuple[Any, ...]) -> str | None:
+    return next((tensor.device.type for tensor in _tensors(values)), None)
+
+
+def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(tuple(value))
+
+
+def _as_value_error(name: str, error: RuntimeError) -> Exception:
+    """Errors of native code carry a C++ trace; a caller's mistake is one line that starts with
+    the operator.
+    """
+    text = str(error)
+    start = text.find(f"{name}: ")
+    if start < 0:
+        return error
+    return ValueError(text[start:].splitlines()[0])
+
+
+# The library must register its kernels before the schemas are defined: a mismatch is then a Python
+# exception.
+if NATIVE_LIBRARY.exists():
+    torch.ops.load_library(str(NATIVE_LIBRARY))

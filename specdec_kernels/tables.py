@@ -1,0 +1,117 @@
+"""What the command line prints: tables of backends and measurements, and summaries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Column, Table
+from rich.text import Text
+
+_NEAR_TIE = 0.25  # logits: a few bfloat16 steps at the size of a top logit
+
+
+def backends_table(ops: dict[str, dict[str, str | None]]) -> Table:
+    """Operator x backend: "yes", or why not."""
+    backends = list(next(iter(ops.values())))
+    table = Table("op", *backends)
+    for name, reasons in ops.items():
+        cells = [
+            Text("yes", "green") if reasons[b] is None else Text(str(reasons[b]), "dim")
+            for b in backends
+        ]
+        table.add_row(name, *cells)
+    return table
+
+
+def facts_table(facts: dict[str, Any]) -> Table:
+    """Names and values, without lines."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(Text(name, "bold"), Text("-" if value is None else str(value)))
+    return table
+
+
+def e2e_table(record: dict[str, Any]) -> Table:
+    """One section per category, one row per mode; below, how close the texts that part were."""
+    summary = record["summary"]
+    numbers = _numbers("tok/s", "speedup", "tokens/step", "agreement")
+    table = Table("category", "mode", *numbers, caption=_partings(record["prompts"]))
+    categories = list(next(iter(summary.values())))
+    for category in (*(c for c in categories if c != "all"), "all"):
+        for i, (mode, by_category) in enumerate(summary.items()):
+            row = by_category[category]
+            table.add_row(
+                "" if i else category,
+                mode,
+                f"{row['tok_s']:.1f}",
+                f"{row['speedup']:.2f}x",
+                f"{row['tokens_per_step']:.2f}",
+                f"{row['agreement']:.0%}",
+            )
+        table.add_section()
+    return table
+
+
+def ops_table(rows: list[dict[str, Any]]) -> Table:
+    """One row per case and baseline."""
+    table = Table(
+        "op",
+        Column("case", overflow="fold"),
+        *_numbers("us", "floor us"),
+        "baseline",
+        *_numbers("baseline us", "ratio"),
+    )
+    for row in rows:
+        table.add_row(
+            row["op"],
+            row["case"],
+            f"{row['us']:.1f}",
+            f"{row['floor_us']:.1f}",
+            row["baseline"],
+            f"{row['baseline_us']:.1f}",
+            f"{row['ratio']:.2f}x",
+        )
+    return table
+
+
+def generation_lines(report: dict[str, Any], dtype: str) -> list[str]:
+    """The summary of a report of `specdec generate`."""
+    stats, compare = report["stats"], report["compare"]
+    lines = [
+        f"{stats['num_tokens']} tokens in {stats['num_steps']} steps, "
+        f"{stats['tokens_per_step']:.2f} tokens per step, "
+        f"{stats['num_accepted']} of {stats['num_drafted']} draft tokens accepted",
+        f"{stats['tok_s']:.1f} tok/s with speculation",
+    ]
+    if compare is not None:
+        lines[1] += f", {compare['tok_s']:.1f} without: {compare['speedup']:.2f}x"
+        lines.append(_agreement_line(compare["divergence"], dtype))
+    return lines
+
+
+def _agreement_line(divergence: dict[str, Any] | None, dtype: str) -> str:
+    if divergence is None:
+        return "the two texts agree token for token"
+    line = f"the two texts part at new token {divergence['index']}"
+    if divergence["gap"] is not None:
+        line += f"; the target's logits of the two tokens are {divergence['gap']:.3g} apart there"
+        if divergence["gap"] <= _NEAR_TIE and dtype != "fp32":
+            line += f", a near-tie that {dtype} rounding decides"
+    return line
+
+
+def _partings(prompts: list[dict[str, Any]]) -> str | None:
+    """How far apart, at most, the target puts the tokens where texts part from the baseline."""
+    gaps: dict[str, float] = {}
+    for prompt in prompts:
+        for mode, result in prompt["modes"].items():
+            if result["divergence"] is not None and result["divergence"]["gap"] is not None:
+                gaps[mode] = max(gaps.get(mode, 0.0), result["divergence"]["gap"])
+    if not gaps:
+        return None
+    each = ", ".join(f"{mode} {gap:.3g}" for mode, gap in gaps.items())
+    return f"largest distance of the target's logits where texts part from generate: {each}"
+
+
+def _numbers(*names: str) -> list[Column]:
+    return [Column(name, justify="right", no_wrap=True) for name in names]

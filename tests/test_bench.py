@@ -1,0 +1,90 @@
+"""The operator benches: every contender does the same work, and a wrong result is never timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from specdec_kernels.bench.cases import CASES, BenchCase
+from specdec_kernels.bench.ops import check_case, run_ops
+from specdec_kernels.registry import OPS
+
+FIELDS = {
+    "op",
+    "case",
+    "backend",
+    "us",
+    "spread",
+    "floor_us",
+    "baseline",
+    "baseline_us",
+    "baseline_spread",
+    "ratio",
+}
+
+
+def test_every_operator_has_a_bench_case() -> None:
+    assert {case.op for case in CASES} == OPS.keys()
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.is_quick], ids=lambda case: f"{case.op}-{case.name}"
+)
+def test_operator_and_baselines_agree_and_some_work_is_needed(case: BenchCase) -> None:
+    reference = check_case(case, None)
+    assert case.work(case.inputs(), reference.outputs).num_bytes > 0
+
+
+def test_rows_hold_the_times_and_the_machine() -> None:
+    seen: list[dict[str, Any]] = []
+    result = run_ops(["tree_mask"], backend="reference", quick=True, progress=seen.append)
+    assert result["rows"] == seen and len(seen) == 2
+    for row in seen:
+        assert row.keys() == FIELDS and row["backend"] == "reference"
+        assert row["us"] > 0 and row["ratio"] == pytest.approx(row["baseline_us"] / row["us"], 0.2)
+    machine = result["machine"]
+    assert machine["versions"]["torch"] == torch.__version__
+    assert machine["bandwidth_gbs"] > 0 and machine["bf16_gflops"] > 0
+
+
+def _wrong_mask(**inputs: Any) -> Any:
+    ancestors, depths = OPS["tree_mask"].reference(**inputs)
+    ancestors[0, -1, 0] ^= 2
+    return ancestors, depths
+
+
+def _imprecise_logprobs(**inputs: Any) -> Any:
+    logprobs, tokens = OPS["topk_logprobs"].reference(**inputs)
+    return logprobs * 1.001, tokens
+
+
+def _forgotten_layer(**inputs: Any) -> Any:
+    for name in ("k_caches", "v_caches"):
+        inputs[name] = inputs[name][:-1]
+    return OPS["commit"].reference(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong"),
+    [
+        ("tree_mask", _wrong_mask),
+        ("topk_logprobs", _imprecise_logprobs),
+        ("commit", _forgotten_layer),
+    ],
+)
+def test_a_wrong_result_is_never_timed(
+    op: str, wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPS[op].backends, "cpu", wrong)
+    with pytest.raises(RuntimeError, match=rf"^{op} .*: the result differs from the reference's"):
+        run_ops([op], backend="cpu", quick=True)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown operator 'attention'; known: "):
+        run_ops(["attention"])
+    with pytest.raises(ValueError, match="backend 'tpu' cannot run tree_mask: unknown"):
+        run_ops(["tree_mask"], backend="tpu")

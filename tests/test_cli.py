@@ -1,0 +1,209 @@
+"""The `specdec` command: what it prints, and one line for every mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from byte_model import greedy_tokens, save_byte_model
+from rich.console import Console
+from transformers.utils import logging
+
+import specdec_kernels
+from specdec_kernels import display
+from specdec_kernels.cli import main
+from specdec_kernels.hf.text import TextModel
+
+FP32 = ["--dtype", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model that soon repeats itself."""
+    path = tmp_path_factory.mktemp("model")
+    save_byte_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def subject(folder: Path) -> TextModel:
+    """The same model through the API."""
+    return TextModel(str(folder), dtype="fp32")
+
+
+@pytest.fixture(autouse=True)
+def _transformers_stays_talkative() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
+def _json(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    assert main(arguments) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_env_names_every_backend_of_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
+    report = _json(["env", "--json"], capsys)
+    assert report["ops"] == specdec_kernels.available()
+    assert report["versions"]["specdec_kernels"] == specdec_kernels.__version__
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"].keys() == {
+        "python", "torch", "triton", "transformers", "specdec_kernels"
+    }  # fmt: skip
+    assert {"cpu", "isa", "gpu", "native_library", "cuda_kernels"} <= report["machine"].keys()
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*report["ops"], torch.__version__))
+
+
+@pytest.mark.parametrize("drafter", ["prompt_lookup", "none"])
+def test_generate_writes_the_tokens_of_generate(
+    folder: Path, subject: TextModel, drafter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = ["--prompt", "abcabc", "--drafter", drafter, "--max-new-tokens", "48"]
+    report = _json(
+        ["generate", "--model", str(folder), *FP32, *request, "--compare", "--json"], capsys
+    )
+    assert report.keys() == {"model", "prompt", "text", "tokens", "stats", "compare"}
+    assert report["tokens"] == greedy_tokens(subject, "abcabc", 48)
+    assert report["text"] == subject.decode(report["tokens"])
+    stats, compare = report["stats"], report["compare"]
+    assert stats["num_tokens"] == 48
+    assert stats["tokens_per_step"] == pytest.approx(47 / stats["num_steps"])
+    assert (stats["num_accepted"] > 0) == (stats["num_steps"] < 47) == (drafter != "none")
+    assert compare["agrees"] and compare["divergence"] is None
+    assert compare["speedup"] == pytest.approx(stats["tok_s"] / compare["tok_s"])
+
+
+def test_chat_goes_through_the_template(
+    folder: Path, subject: TextModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = ["--chat", "hello", "--max-new-tokens", "12", "--json"]
+    report = _json(["generate", "--model", str(folder), *FP32, *request], capsys)
+    assert report["tokens"] == greedy_tokens(subject, "<user>hello<model>", 12)
+    assert report["tokens"] != greedy_tokens(subject, "hello", 12) and report["compare"] is None
+
+
+def test_sampled_text_depends_on_the_seed_and_not_on_the_drafter(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = ["--prompt", "abcabc", "--max-new-tokens", "24", "--temperature", "0.7", "--json"]
+    request += ["--top-k", "20", "--top-p", "0.9", "--model", str(folder), *FP32]
+    first = _json(["generate", *request, "--seed", "5", "--compare"], capsys)
+    again = _json(["generate", *request, "--seed", "5", "--drafter", "none"], capsys)
+    other = _json(["generate", *request, "--seed", "6"], capsys)
+    assert first["compare"]["agrees"]
+    assert first["tokens"] == again["tokens"] != other["tokens"]
+
+
+def test_piped_text_is_plain_and_alone_on_stdout(
+    folder: Path, subject: TextModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = ["--prompt", "abcabc", "--max-new-tokens", "32", "--compare"]
+    assert main(["generate", "--model", str(folder), *FP32, *request]) == 0
+    out, err = capsys.readouterr()
+    assert out == subject.decode(greedy_tokens(subject, "abcabc", 32)) + "\n"
+    assert "\x1b" not in out + err
+    assert re.search(r"32 tokens in \d+ steps, [\d.]+ tokens per step, \d+ of \d+ draft", err)
+    assert "with speculation" in err and "agree token for token" in err
+
+
+def test_characters_wait_for_their_last_byte(subject: TextModel) -> None:
+    expected = "a é 漢 \N{GRINNING FACE}!"
+    text = display.TokenText(subject.decode)
+    pieces = [text.push([token]) for token in subject.tokenizer(expected)["input_ids"]]
+    assert "".join(pieces) == expected and len(pieces) == len(expected.encode())
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    half = subject.tokenizer("é")["input_ids"][:1]
+    assert text.push(half) == "" and text.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_spaces_survive_a_tokenizer_that_drops_the_first_one() -> None:
+    text = display.TokenText(lambda tokens: "".join(f" w{t}" for t in tokens).removeprefix(" "))
+    assert [text.push([token]) for token in (1, 2, 3)] == ["w1", " w2", " w3"]
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_a_terminal_shows_accepted_tokens_in_green(no_color: bool) -> None:
+    file = io.StringIO()
+    console = Console(
+        file=file, force_terminal=True, color_system="standard", no_color=no_color, _environ={}
+    )
+    shown = display.StreamingDisplay(console, lambda tokens: "".join(map(chr, tokens)))
+    shown(0, [*b"ab", *b"c\x1b"], 2)
+    shown.end()
+    assert file.getvalue() == ("abc\n" if no_color else "\x1b[1;32mab\x1b[0mc\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], r"give either --prompt or --chat"),
+        (["generate", "--prompt", "a", "--chat", "b"], r"give either --prompt or --chat"),
+        (["generate", "--prompt", ""], r"the prompt is empty"),
+        (
+            ["generate", "--prompt", "a" * 250, "--max-new-tokens", "9"],
+            r"250 tokens .* 256 positions",
+        ),
+        (["generate", "--prompt", "a", "--max-new-tokens", "0"], r"--max-new-tokens"),
+        (["generate", "--prompt", "a", "--max-nodes", "0"], r"--max-nodes"),
+        (["generate", "--prompt", "a", "--temperature", "-0.1"], r"--temperature"),
+        (["generate", "--prompt", "a", "--temperature", "nan"], r"--temperature"),
+        (["generate", "--prompt", "a", "--top-p", "1.5"], r"--top-p"),
+        (["generate", "--prompt", "a", "--top-k", "5"], r"--top-k and --top-p need --temperature"),
+        (["generate", "--prompt", "a", "--dtype", "int8"], r"--dtype.*'int8' is not one of"),
+        (["generate", "--prompt", "a", "--drafter", "psychic"], r"must be one of .* got 'psychic'"),
+        (
+            ["generate", "--prompt", "a", "--drafter", "none", "--max-nodes", "4"],
+            r"needs a drafter",
+        ),
+        (["generate", "--prompt", "a", "--model", "/absent"], r"cannot load '/absent'"),
+        (["generate", "--prompt", "a", "--bogus"], r"No such option: --bogus"),
+        (["bench", "e2e", "--modes", "generate,magic"], r"modes must be among .* got 'magic'"),
+        (["bench", "e2e", "--modes", "specdec"], r"modes must include 'generate'"),
+        (["bench", "e2e", "--prompts", "/absent.jsonl"], r"No such file .*'/absent.jsonl'"),
+        (["bench", "e2e", "--category", "poetry"], r"category must be one of .* got 'poetry'"),
+        (["bench", "e2e", "--json", "/"], r"--json must be a file, got the folder /"),
+        (["bench", "ops", "--op", "attention"], r"unknown operator 'attention'"),
+        (["bench", "ops", "--backend", "tpu"], r"backend 'tpu' cannot run"),
+        (["serve"], r"No such command 'serve'"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr(
+    folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments[0] == "generate" and "--model" not in arguments:
+        arguments = [*arguments, "--model", str(folder)]
+    assert main(arguments) in (1, 2)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert re.match(rf"specdec: .*{message}", err)
+
+
+def test_a_model_without_chat_template_still_continues_texts(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in folder.iterdir():
+        if path.name != "chat_template.jinja":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    request = ["--model", str(tmp_path), "--max-new-tokens", "2"]
+    assert main(["generate", *request, "--chat", "a"]) == 1
+    assert capsys.readouterr().err.endswith("has no chat template; give it a raw prompt instead\n")
+    assert main(["generate", *request, "--prompt", "a"]) == 0
+
+
+def test_ops_puts_the_record_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--op", "tree_mask", "--quick", "--backend", "reference", "--json", "-"]
+    assert main(["bench", "ops", *options]) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert {row["op"] for row in record["rows"]} == {"tree_mask"} and record["machine"]
+    assert "tree_mask" in err and "ratio" in err

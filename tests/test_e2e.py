@@ -1,0 +1,168 @@
+"""The end-to-end bench: prompts, the order of the modes, the record, and texts that part."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from byte_model import POSITIONS, greedy_tokens, save_byte_model
+from rich.console import Console
+
+from specdec_kernels.bench.e2e import MODES, Prompt, read_prompts, run_e2e, select_prompts
+from specdec_kernels.cli import main
+from specdec_kernels.drafters import PromptLookupDrafter
+from specdec_kernels.hf.text import TextModel
+from specdec_kernels.tables import e2e_table
+
+FP32 = ["--dtype", "fp32"]
+MALFORMED = {
+    "not json": r"2: not JSON: .* at column 1",
+    "[1]": r"2: must be a JSON object, got list",
+    '{"category": "qa", "turns": ["a"]}': r"2: question_id must be a number or a string",
+    '{"question_id": 1, "category": 7, "turns": ["a"]}': r"2: category must be a name, got 7",
+    '{"question_id": 1, "category": "qa", "turns": []}': r"2: turns must be a list",
+    '{"question_id": 1, "category": "qa", "turns": "abc"}': r"2: turns must be a list",
+    '{"question_id": 1, "category": "qa", "turns": [""]}': r"2: turns must be a list",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model that soon repeats itself."""
+    path = tmp_path_factory.mktemp("model")
+    save_byte_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def subject(folder: Path) -> TextModel:
+    """The same model through the API."""
+    return TextModel(str(folder), dtype="fp32")
+
+
+def test_a_divergence_is_where_the_texts_part_and_how_much_the_target_cares(
+    subject: TextModel,
+) -> None:
+    ids = subject.encode("abc", is_chat=False, max_new_tokens=12)
+    tokens = greedy_tokens(subject, "abc", 12)
+    with torch.no_grad():
+        logits = subject.model(torch.cat([ids, torch.tensor([tokens[:7]])], 1)).logits[0, -1]
+    wrong = int(logits.topk(9).indices[-1])
+    found = subject.divergence(ids, [*tokens[:7], wrong, *tokens[8:]], tokens)
+    assert found is not None and found.index == 7
+    assert found.gap == pytest.approx(float(logits.max() - logits[wrong]), abs=1e-4)
+    assert subject.divergence(ids, tokens, [*tokens[:7], wrong, *tokens[8:]]) == found
+    shorter = subject.divergence(ids, tokens[:5], tokens)
+    assert shorter is not None and (shorter.index, shorter.gap) == (5, None)
+    assert subject.divergence(ids, tokens, tokens) is None
+
+
+def _write_prompts(path: Path) -> Path:
+    entries = [("writing", 1), ("qa", 2), ("coding", 3), ("qa", 4)]
+    lines = [
+        json.dumps({"question_id": number, "category": category, "turns": ["abcabc" * number, "x"]})
+        for category, number in entries
+    ]
+    path.write_text("\n".join(lines) + "\n\n")
+    return path
+
+
+def test_e2e_records_every_mode_category_and_prompt(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = _write_prompts(tmp_path / "prompts.jsonl")
+    out = tmp_path / "new" / "folder" / "e2e.json"
+    arguments = ["--model", str(folder), *FP32, "--prompts", str(prompts), "--max-new-tokens", "20"]
+    assert main(["bench", "e2e", *arguments, "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["e2e.json"]
+    record = json.loads(out.read_text())
+    assert record.keys() == {"machine", "summary", "prompts"}
+    assert record["machine"]["settings"]["max_new_tokens"] == 20
+    assert list(record["summary"]) == list(MODES)
+    for mode, by_category in record["summary"].items():
+        assert mode in shown
+        assert by_category.keys() == {"all", "mt_bench", "qa"}, "MT-Bench's categories are one"
+        for row in by_category.values():
+            assert row.keys() == {"tok_s", "speedup", "tokens_per_step", "agreement"}
+            assert row["agreement"] == 1.0 and row["tok_s"] > 0
+    plain, ours = (record["summary"][mode]["all"] for mode in ("generate", "specdec"))
+    assert plain["speedup"] == plain["tokens_per_step"] == 1.0 < ours["tokens_per_step"]
+    assert [p["question_id"] for p in record["prompts"]] == [1, 3, 2, 4]
+    for prompt in record["prompts"]:
+        assert prompt["modes"].keys() == set(MODES)
+        speeds = {mode: result["tok_s"] for mode, result in prompt["modes"].items()}
+        ratio = speeds["specdec"] / speeds["generate"]
+        assert prompt["modes"]["specdec"]["speedup"] == pytest.approx(ratio)
+
+
+def test_another_mode_goes_first_at_each_prompt(subject: TextModel) -> None:
+    prompts = [Prompt(number, "qa", "abc") for number in range(3)]
+    order: list[tuple[Any, str]] = []
+    run_e2e(
+        subject,
+        prompts,
+        drafter=PromptLookupDrafter(),
+        max_new_tokens=2,
+        progress=lambda prompt, mode: order.append((prompt.question_id, mode)),
+    )
+    assert order[::3] == list(enumerate(MODES)) and len(set(order)) == 9
+
+
+def test_e2e_reports_texts_that_part(subject: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = subject.generate
+
+    def wrong(prompt: torch.Tensor, **options: Any) -> Any:
+        run = generate(prompt, **options)
+        if "custom_generate" in options:
+            run.tokens[3] = (run.tokens[3] + 1) % 200
+        return run
+
+    monkeypatch.setattr(subject, "generate", wrong)
+    prompts = [Prompt(1, "qa", "abc")]
+    record = run_e2e(subject, prompts, drafter=PromptLookupDrafter(), max_new_tokens=6)
+    assert record["summary"]["specdec"]["all"]["agreement"] == 0.0
+    divergence = record["prompts"][0]["modes"]["specdec"]["divergence"]
+    assert divergence["index"] == 3 and divergence["gap"] > 0
+    console = Console(file=io.StringIO(), width=100)
+    console.print(e2e_table(record))
+    assert f"specdec {divergence['gap']:.3g}" in console.file.getvalue()
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_anything_is_timed(subject: TextModel) -> None:
+    prompts = [Prompt(1, "qa", "abc"), Prompt(77, "qa", "a" * POSITIONS)]
+    with pytest.raises(ValueError, match=r"^question 77: a prompt of .* positions"):
+        run_e2e(subject, prompts, drafter=None, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("line", MALFORMED)
+def test_a_malformed_prompt_is_named_by_its_line(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"question_id": 1, "category": "qa", "turns": ["a"]}\n' + line + "\n")
+    assert main(["bench", "e2e", "--prompts", str(path)]) == 1
+    err = capsys.readouterr().err
+    assert re.match(rf"specdec: {re.escape(str(path))}:{MALFORMED[line]}", err)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe"])
+def test_a_file_without_prompts_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: (no prompts|not UTF-8)"):
+        read_prompts(path)
+
+
+def test_a_limit_spreads_over_each_category() -> None:
+    prompts = [Prompt(i, "qa" if i % 2 else "rag", "x") for i in range(20)]
+    chosen = select_prompts(prompts, categories=["qa"], limit=5)
+    assert [p.question_id for p in chosen] == [1, 5, 9, 13, 17]
+    assert len(select_prompts(prompts, limit=50)) == 20
+    assert {p.category for p in read_prompts()} > {"mt_bench", "qa"}

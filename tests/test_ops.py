@@ -1,0 +1,199 @@
+"""Every operator x backend x case x dtype: equal to the reference, inputs untouched, contract
+enforced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec_kernels.registry import BACKENDS, OPS, Op
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _has_float_inputs(operator: Op) -> bool:
+    return any(spec.dtype == "float" for spec in operator.shapes)
+
+
+def _cases() -> list[Any]:
+    rows = []
+    for operator in OPS.values():
+        for backend in BACKENDS:
+            if backend == "reference" or operator.why_absent(backend) is not None:
+                continue
+            for case in operator.cases:
+                for dtype in DTYPES if _has_float_inputs(operator) else DTYPES[:1]:
+                    sizes = "_".join(f"{k}{v}" for k, v in case.items())
+                    name = f"{operator.name}-{backend}-{sizes}-{str(dtype)[6:]}"
+                    rows.append(pytest.param(operator, backend, case, dtype, id=name))
+    return rows
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, (list, tuple)):
+        return [t for v in values for t in _tensors(v)]
+    return []
+
+
+def _copy(value: Any) -> Any:
+    """A deep copy that keeps strides."""
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
+    if isinstance(value, list):
+        return [_copy(v) for v in value]
+    return value
+
+
+def _compare(operator: Op, dtype: torch.dtype, got: list[Tensor], want: list[Tensor]) -> None:
+    assert len(got) == len(want)
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape and g.dtype == w.dtype
+        if operator.tolerance is None or not w.is_floating_point():
+            torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
+            continue
+        finite = w.isfinite()
+        assert torch.equal(g[~finite], w[~finite])
+        if finite.any():
+            error = (g[finite].double() - w[finite].double()).abs().max()
+            limit = operator.tolerance[dtype] * float(w[finite].double().abs().max())
+            assert float(error) <= limit, f"error {float(error)} above {limit}"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("operator", "backend", "case", "dtype"), _cases())
+def test_backend_equals_the_reference(
+    operator: Op, backend: str, case: dict[str, Any], dtype: torch.dtype, seed: int
+) -> None:
+    inputs = operator.inputs(**case, dtype=dtype, seed=seed)
+    mine, theirs = (
+        {k: _copy(v) for k, v in inputs.items()},
+        {k: _copy(v) for k, v in inputs.items()},
+    )
+    got = _tensors(operator(**mine, backend=backend))
+    want = _tensors(operator(**theirs, backend="reference"))
+    _compare(operator, dtype, got, want)
+    for name, value in inputs.items():
+        if name in operator.mutates:
+            _compare(operator, dtype, _tensors(mine[name]), _tensors(theirs[name]))
+        else:
+            for before, after in zip(_tensors(value), _tensors(mine[name]), strict=True):
+                assert torch.equal(before.nan_to_num(), after.nan_to_num()), f"{name} was changed"
+
+
+@pytest.mark.parametrize("operator", OPS.values(), ids=list(OPS))
+def test_the_reference_changes_only_what_it_declares(operator: Op) -> None:
+    inputs = operator.inputs(**operator.cases[-1])
+    before = {k: _copy(v) for k, v in inputs.items()}
+    operator(**inputs, backend="reference")
+    changed = {
+        name
+        for name, value in inputs.items()
+        for a, b in zip(_tensors(before[name]), _tensors(value), strict=True)
+        if not torch.equal(a.nan_to_num(), b.nan_to_num())
+    }
+    assert changed == set(operator.mutates)
+
+
+@pytest.mark.parametrize("operator", OPS.values(), ids=list(OPS))
+def test_opcheck_passes(operator: Op) -> None:
+    for case in operator.cases[:2]:
+        torch.library.opcheck(operator.dispatch, (), operator.inputs(**case))
+
+
+@pytest.mark.parametrize("operator", OPS.values(), ids=list(OPS))
+def test_compiles_into_one_graph_with_the_same_result(operator: Op) -> None:
+    inputs = operator.inputs(**operator.cases[1])
+    copy = {k: _copy(v) for k, v in inputs.items()}
+    compiled = torch.compile(lambda kw: operator(**kw), fullgraph=True, backend="aot_eager")
+    got, want = _tensors(compiled(inputs)), _tensors(operator(**copy))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
+    for name in operator.mutates:
+        for g, w in zip(_tensors(inputs[name]), _tensors(copy[name]), strict=True):
+            torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
+
+
+def _wrong_inputs(operator: Op) -> list[tuple[str, str, dict[str, Any]]]:
+    """(argument, rule broken, inputs): a bad rank, size, dtype for every tensor argument."""
+    rows = []
+    for spec in operator.shapes:
+        inputs = operator.inputs(**operator.cases[1])
+        value = inputs.get(spec.name)
+        if value is None:
+            continue
+        tensor = value[0] if spec.is_list else value
+        bad: dict[str, Tensor] = {"rank": tensor[None]}
+        other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
+        bad["dtype"] = tensor.to(other)
+        shared = [
+            i for i, d in enumerate(spec.dims) if _is_bound_elsewhere(operator, inputs, spec, d)
+        ]
+        if shared:
+            shape = list(tensor.shape)
+            shape[shared[0]] += 1
+            bad["size"] = torch.zeros(shape, dtype=tensor.dtype)
+        for rule, replacement in bad.items():
+            wrong = [replacement, *value[1:]] if spec.is_list else replacement
+            rows.append((spec.name, rule, {**inputs, spec.name: wrong}))
+    return rows
+
+
+def _is_bound_elsewhere(operator: Op, inputs: dict[str, Any], spec: Any, dim: str) -> bool:
+    return dim != "_" and any(
+        dim in other.dims
+        for other in operator.shapes
+        if other != spec and inputs.get(other.name) is not None
+    )
+
+
+@pytest.mark.parametrize("operator", OPS.values(), ids=list(OPS))
+def test_wrong_shapes_and_dtypes_are_named(operator: Op) -> None:
+    rows = _wrong_inputs(operator)
+    assert len(rows) >= 2 * sum(
+        1 for s in operator.shapes if operator.inputs(**operator.cases[1]).get(s.name) is not None
+    )
+    for argument, rule, inputs in rows:
+        for backend in ("reference", *(b for b in ("cpu",) if operator.why_absent(b) is None)):
+            with pytest.raises(ValueError, match=rf"^{operator.name}: \w+ must be ") as caught:
+                operator(**inputs, backend=backend)
+            # A size is bound by whichever argument comes first, so the message may name its
+            # partner.
+            if rule != "size":
+                assert f"{operator.name}: {argument} must be" in str(caught.value), (rule, backend)
+
+
+def test_an_explicit_backend_that_cannot_run_names_what_can() -> None:
+    operator = OPS["tree_mask"]
+    inputs = operator.inputs(**operator.cases[0])
+    with pytest.raises(
+        ValueError, match=r"backend 'cuda' cannot run: .+; usable here: .*reference"
+    ):
+        operator(**inputs, backend="cuda")
+    with pytest.raises(
+        ValueError, match=r"backend 'fast' cannot run: unknown; known: reference, cpu"
+    ):
+        operator(**inputs, backend="fast")
+
+
+def test_the_environment_variable_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = OPS["tree_mask"]
+    inputs = operator.inputs(**operator.cases[0])
+    monkeypatch.setenv("SPECDEC_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="backend 'cuda' cannot run"):
+        operator(**inputs)
+    operator(**inputs, backend="reference")  # the argument wins
+
+
+@pytest.mark.parametrize("operator", OPS.values(), ids=list(OPS))
+def test_every_public_argument_is_documented(operator: Op) -> None:
+    text = operator.reference.__doc__ or ""
+    for name in operator.signature.parameters:
+        assert name in text, f"{operator.name}: {name} is missing from the docstring"
+    for section in ("Args:", "Returns:", "Raises:"):
+        assert section in text or (section == "Returns:" and operator.name == "write_kv")

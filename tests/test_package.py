@@ -1,0 +1,111 @@
+"""What is installed, and the layering that keeps it readable."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import specdec_kernels
+from specdec_kernels import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "specdec_kernels"
+
+
+def test_the_native_library_is_built() -> None:
+    assert registry.NATIVE_LIBRARY.exists(), "run make setup"
+    assert registry.cpu_capability() in ("avx512_bf16", "avx512", "avx2", "default")
+    native = [op for op, backends in specdec_kernels.available().items() if backends["cpu"] is None]
+    assert {
+        "tree_mask", "write_kv", "tree_attention", "sample", "verify", "commit", "topk_logprobs"
+    } <= set(native)  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
+def test_every_instruction_set_passes_the_operator_tests(capability: str) -> None:
+    """In a child process: the choice is made when the library is loaded."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu",
+         str(ROOT / "tests" / "test_ops.py"), str(ROOT / "tests" / "test_reference.py")],
+        env={**os.environ, "SPECDEC_CPU_CAPABILITY": capability},
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    if "SPECDEC_CPU_CAPABILITY must be one of" in result.stdout + result.stderr:
+        pytest.skip(f"this CPU has no {capability}")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert re.search(r"\b\d{2,} passed", result.stdout)
+
+
+def test_the_wheel_installs_one_top_level_package(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-build-isolation", "--no-deps",
+         "--quiet", "--wheel-dir", str(tmp_path)],
+        check=True, cwd=tmp_path,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"specdec_kernels-{specdec_kernels.__version__}-py3-none-")
+    names = zipfile.ZipFile(wheel).namelist()
+    dist_info = f"specdec_kernels-{specdec_kernels.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"specdec_kernels", dist_info}
+    for needed in (
+        "_C.so",
+        "py.typed",
+        "bench/prompts.jsonl",
+        "triton_kernels/__init__.py",
+        "cli.py",
+    ):
+        assert f"specdec_kernels/{needed}" in names
+
+
+def test_the_kernel_folder_cannot_be_imported_under_its_bare_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    sys.modules.pop("triton_kernels", None)
+    with pytest.raises(ImportError, match=r"source of specdec_kernels\.triton_kernels"):
+        importlib.import_module("triton_kernels")
+    importlib.import_module("specdec_kernels.triton_kernels")
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_only_the_hf_folder_imports_transformers() -> None:
+    files = [p for p in PACKAGE.rglob("*.py") if p.parent.name != "hf"]
+    assert len(files) > 15
+    assert [str(p) for p in files if "transformers" in _imports(p)] == []
+    assert "transformers" in _imports(PACKAGE / "hf" / "generate.py")
+
+
+def test_importing_the_package_does_not_import_transformers() -> None:
+    code = "import sys, specdec_kernels; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_kernels_know_no_framework() -> None:
+    files = [p for folder in ("cpu", "core") for p in (ROOT / "csrc" / folder).glob("*.[ch]pp")]
+    assert len(files) > 10
+    for path in files:
+        assert not re.search(r"#include <(torch|ATen|c10)/", path.read_text("utf-8")), path.name
+
+
+def test_every_operator_has_one_file_per_floor() -> None:
+    for name, backends in specdec_kernels.available().items():
+        assert (PACKAGE / "ops" / f"{name}.py").exists()
+        if backends["cpu"] is None:
+            assert (ROOT / "csrc" / "cpu" / f"{name}.cpp").exists()

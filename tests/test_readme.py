@@ -1,0 +1,32 @@
+"""The examples of the README run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), flags=re.DOTALL)
+
+
+def test_the_first_example_generates(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(BLOCKS[0], "README.md", "exec"), {})
+    text, speed = capsys.readouterr().out.strip().rsplit("\n", 1)
+    assert len(text) > 20
+    assert float(speed.split()[0]) >= 1.0 and speed.endswith("tokens per forward pass")
+
+
+def test_the_drafter_of_the_second_example_drafts(tiny_model) -> None:
+    from prompts import greedy, left_pad, random_prompts
+
+    from specdec_kernels import SpeculativeDecoder
+
+    names: dict = {}
+    exec(compile(BLOCKS[1], "README.md", "exec"), names)
+    (row,) = random_prompts((12,), 101)
+    decoder = SpeculativeDecoder(names["RepeatLast"]())
+    output = tiny_model.generate(**left_pad([row]), max_new_tokens=20, custom_generate=decoder)
+    assert output[0].tolist() == greedy(tiny_model, row, 20)
+    assert sum(decoder.stats.num_drafted) > 20

@@ -1,0 +1,219 @@
+"""Bad input: one clear error, and the user's model left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from prompts import left_pad, random_prompts
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import specdec_kernels
+from specdec_kernels import (
+    DraftContext,
+    Drafter,
+    OracleDrafter,
+    PromptLookupDrafter,
+    Proposal,
+    RowDrafter,
+    SpeculativeDecoder,
+    TokenTree,
+)
+
+VOCAB = 101
+INPUTS = left_pad(random_prompts((8, 5), VOCAB))
+
+
+def _tiny(model_type: str, **options: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, **options)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def _generate(model: PreTrainedModel, **options: object) -> torch.Tensor:
+    return model.generate(
+        **{**INPUTS, "max_new_tokens": 6, "custom_generate": SpeculativeDecoder(), **options}
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 3}, r"num_beams must be 1 with speculation, got 3"),
+        ({"max_new_tokens": 0}, r"max_new_tokens"),
+        ({"output_scores": True}, r"output_scores=True is not supported"),
+        ({"repetition_penalty": 1.3}, r"logits processor RepetitionPenaltyLogitsProcessor is not"),
+        ({"no_repeat_ngram_size": 2}, r"logits processor NoRepeatNGramLogitsProcessor is not"),
+        (
+            {"attention_mask": torch.zeros_like(INPUTS["attention_mask"])},
+            r"row 0 of the batch is empty",
+        ),
+        (
+            {"attention_mask": INPUTS["attention_mask"].flip(1)},
+            r"attention_mask of row 1 must be 0s, then 1s up to the last column",
+        ),
+    ],
+)
+def test_requests_that_cannot_be_exact(tiny_model, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _generate(tiny_model, **options)
+    assert tiny_model.config._attn_implementation == "sdpa"
+
+
+def test_an_empty_prompt(tiny_model) -> None:
+    empty = torch.zeros((1, 0), dtype=torch.int64)
+    with pytest.raises(ValueError, match="row 0 of the batch is empty"):
+        _generate(tiny_model, input_ids=empty, attention_mask=empty)
+
+
+def test_a_prompt_longer_than_the_positions(tiny_model) -> None:
+    long = torch.ones((1, 300), dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match="row 0 has 300 tokens, more than the model's 256 positions"
+    ):
+        _generate(tiny_model, input_ids=long, attention_mask=long)
+
+
+def test_input_embeddings(tiny_model) -> None:
+    embeddings = tiny_model.get_input_embeddings()(INPUTS["input_ids"])
+    with pytest.raises(ValueError, match="inputs_embeds is not supported"):
+        tiny_model.generate(
+            inputs_embeds=embeddings, max_new_tokens=4, custom_generate=SpeculativeDecoder()
+        )
+
+
+def test_a_cache_that_already_holds_tokens(tiny_model) -> None:
+    cache = DynamicCache()
+    tiny_model(INPUTS["input_ids"][:, :4], past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values must be empty"):
+        _generate(tiny_model, past_key_values=cache)
+
+
+def test_an_encoder_decoder() -> None:
+    config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    model = T5ForConditionalGeneration(config)
+    model.generation_config.decoder_start_token_id = 0
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        _generate(model)
+
+
+def test_recurrent_layers() -> None:
+    model = _tiny("mamba", hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ValueError, match=r"MambaForCausalLM has .* rolled back"):
+        _generate(model)
+
+
+def test_an_architecture_that_ignores_registered_attention() -> None:
+    model = _tiny("bloom", hidden_size=16, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match="BloomForCausalLM computes attention itself and ignores"):
+        _generate(model)
+
+
+def test_an_architecture_that_drops_attention_arguments() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = _tiny("stablelm", **sizes, num_attention_heads=2, num_key_value_heads=2)
+    before = model.config._attn_implementation
+    with pytest.raises(
+        ValueError, match="StableLmAttention: the model drops the keyword arguments"
+    ):
+        _generate(model)
+    assert model.config._attn_implementation == before
+
+
+def test_logits_without_a_finite_value() -> None:
+    model = make_tiny_model()
+    model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(ArithmeticError, match="row 0: the target's logits have no finite value"):
+        _generate(model)
+
+
+def test_a_processor_given_by_the_user_is_named(tiny_model) -> None:
+    with pytest.raises(ValueError, match="RepetitionPenaltyLogitsProcessor is not supported"):
+        _generate(tiny_model, logits_processor=[RepetitionPenaltyLogitsProcessor(1.2)])
+
+
+def test_seeds_must_fit_the_batch(tiny_model) -> None:
+    with pytest.raises(ValueError, match="seed must be an int or one per row = 2, got 3"):
+        _generate(tiny_model, do_sample=True, custom_generate=SpeculativeDecoder(seed=[1, 2, 3]))
+
+
+class _Fixed(RowDrafter):
+    """Proposes the same draft tokens and parents at every step."""
+
+    def __init__(self, tokens: list[int], parents: list[int], max_nodes: int = 8) -> None:
+        self.tokens, self.parents, self.max_nodes = tokens, parents, max_nodes
+
+    def propose_row(self, row: int, sequence: Sequence[int], max_depth: int):
+        return self.tokens, self.parents
+
+
+class _WrongRoot(Drafter):
+    max_nodes = 4
+
+    def propose(self, context: DraftContext) -> Proposal:
+        return Proposal.onehot([([0], [-1]) for _ in context.sequences])
+
+
+class _RawTensors(Drafter):
+    """Goes round the checks of `TokenTree.from_rows`."""
+
+    max_nodes = 4
+
+    def propose(self, context: DraftContext) -> Proposal:
+        roots = torch.tensor([[s[-1], 5, 6] for s in context.sequences])
+        batch = len(roots)
+        parents = torch.tensor([[-1, 2, 0]], dtype=torch.int32).expand(batch, -1)
+        tree = TokenTree(roots, parents, torch.full((batch,), 3, dtype=torch.int32))
+        return Proposal(tree, torch.zeros_like(roots, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("drafter", "message"),
+    [
+        (
+            _Fixed([VOCAB], [0]),
+            r"_Fixed: row 0: tokens\[1\] must be in \[0, V\) = \[0, 101\), got 101",
+        ),
+        (_Fixed([-1], [0]), r"_Fixed: row 0: tokens\[1\] must be in \[0, V\) = \[0, 101\), got -1"),
+        (_Fixed([5, 6], [0, 2]), r"_Fixed: tree: row 0: parents\[2\] must be in \[0, 2\), got 2"),
+        (_Fixed([5, 6], [0]), r"_Fixed: tree: row 0 must have one parent per token, got 3 tokens"),
+        (
+            _Fixed([5] * 8, [0] * 8),
+            r"_Fixed: tree.tokens must be \[B, N\] .* max_nodes = 8, got \[2, 9\]",
+        ),
+        (_WrongRoot(), r"_WrongRoot: row 0: node 0 must be the last committed token"),
+        (_RawTensors(), r"tree_mask: parents\[0, 1\] must be in \[0, 1\), got 2"),
+    ],
+)
+def test_a_drafter_that_proposes_no_tree(tiny_model, drafter: Drafter, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _generate(tiny_model, custom_generate=SpeculativeDecoder(drafter))
+    assert tiny_model.config._attn_implementation == "sdpa"
+    _generate(tiny_model)  # and the model still works
+
+
+@pytest.mark.parametrize("make", [PromptLookupDrafter, lambda n: OracleDrafter([], 9, max_nodes=n)])
+def test_a_tree_needs_room_for_its_root(make) -> None:
+    with pytest.raises(ValueError, match=r"Drafter: max_nodes must be >= 1 \(the root\), got 0"):
+        make(0)
+
+
+def test_arguments_of_generate_that_cannot_be_combined(tiny_model) -> None:
+    with pytest.raises(ValueError, match="stop_strings needs the tokenizer"):
+        specdec_kernels.generate(tiny_model, **INPUTS, max_new_tokens=4, stop_strings=["a"])
+    with pytest.raises(ValueError, match="assistant_model is not supported yet"):
+        specdec_kernels.generate(tiny_model, **INPUTS, max_new_tokens=4, assistant_model=tiny_model)
+    with pytest.raises(ValueError, match="drafter must be one of prompt_lookup, none, got 'fast'"):
+        specdec_kernels.generate(tiny_model, **INPUTS, max_new_tokens=4, drafter="fast")

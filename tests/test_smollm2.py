@@ -1,0 +1,186 @@
+"""The main job on the real model: fp32 equal to `generate`, bf16 up to near-ties."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from importlib import resources
+
+import pytest
+import torch
+from prompts import left_pad
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec_kernels import Drafter, OracleDrafter, PromptLookupDrafter, SpeculativeDecoder
+
+NEW = 96
+NEAR_TIE = 0.25  # logits: a few bfloat16 steps at the size of a top logit
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Iterator[PreTrainedModel]:
+    """Without an end token, so that every prompt gives the full number of tokens."""
+    model, _ = smollm2
+    eos, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    yield model
+    model.generation_config.eos_token_id = eos
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> list[Tensor]:
+    """The twelve prompts of the package, through the chat template."""
+    _, tokenizer = smollm2
+    lines = resources.files("specdec_kernels.bench").joinpath("prompts.jsonl").read_text("utf-8")
+    rows = []
+    for line in lines.splitlines():
+        chat = [{"role": "user", "content": json.loads(line)["turns"][0]}]
+        inputs = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        rows.append(inputs["input_ids"][0])
+    assert len(rows) >= 12
+    return rows[:12]
+
+
+def _plain(model: PreTrainedModel, rows: list[Tensor], new_tokens: int) -> list[list[int]]:
+    return [
+        model.generate(**left_pad([r]), max_new_tokens=new_tokens, do_sample=False)[0].tolist()
+        for r in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def truth(model: PreTrainedModel, prompts: list[Tensor]) -> list[list[int]]:
+    return _plain(model, prompts, NEW + 8)
+
+
+def _drafter(kind: str, nodes: int, truth: list[list[int]], vocab: int) -> Drafter:
+    if kind == "prompt_lookup":
+        return PromptLookupDrafter(nodes)
+    return OracleDrafter(truth, vocab, max_nodes=nodes, max_hidden=min(12, nodes - 2))
+
+
+def _assert_equal(
+    model: PreTrainedModel,
+    prompts: list[Tensor],
+    truth: list[list[int]],
+    chosen: list[int],
+    drafter: Drafter,
+) -> float:
+    """Tokens per step of one batch whose rows must all equal plain decoding."""
+    inputs = left_pad([prompts[i] for i in chosen], model.generation_config.pad_token_id)
+    decoder = SpeculativeDecoder(drafter)
+    output = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, custom_generate=decoder)
+    for i, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+        assert row == truth[i][len(prompts[i]) : len(prompts[i]) + NEW], f"prompt {i}"
+    return decoder.stats.tokens_per_step
+
+
+def _batches(num_prompts: int, batch: int) -> list[list[int]]:
+    """Every prompt at least once; the last batch is filled up from the first prompts."""
+    starts = range(0, num_prompts, batch)
+    return [[i % num_prompts for i in range(start, start + batch)] for start in starts]
+
+
+DRAFTS = [(kind, nodes) for nodes in (70, 8, 32) for kind in ("oracle", "prompt_lookup")]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_fp32_equals_generate_token_for_token(
+    model, prompts, truth, report: Callable[[str], None], batch: int
+) -> None:
+    """All prompts in every batch size; the drafters and tree sizes take turns."""
+    vocab, steps = model.config.vocab_size, []
+    for turn, chosen in enumerate(_batches(len(prompts), batch)):
+        kind, nodes = DRAFTS[turn % len(DRAFTS)]
+        drafter = _drafter(kind, nodes, truth, vocab)
+        steps.append(_assert_equal(model, prompts, truth, chosen, drafter))
+    mean = sum(steps) / len(steps)
+    report(f"fp32, batch {batch}: {len(prompts)} prompts equal, {mean:.2f} tokens per step")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("batch", [1, 3, 5])
+@pytest.mark.parametrize(("kind", "nodes"), DRAFTS)
+def test_fp32_equals_generate_with_every_drafter_and_size(
+    model, prompts, truth, report: Callable[[str], None], kind: str, nodes: int, batch: int
+) -> None:
+    drafter = _drafter(kind, nodes, truth, model.config.vocab_size)
+    steps = [
+        _assert_equal(model, prompts, truth, chosen, drafter)
+        for chosen in _batches(len(prompts), batch)
+    ]
+    mean = sum(steps) / len(steps)
+    report(f"fp32, {kind}, N {nodes}, batch {batch}: equal, {mean:.2f} tokens per step")
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_seeded_sampling_equals_plain_sampling(model, prompts, temperature: float) -> None:
+    options = {"do_sample": True, "temperature": temperature, "top_p": 0.9, "max_new_tokens": 32}
+    rows = sorted(prompts, key=len)[:4]
+    plain = [
+        model.generate(
+            **left_pad([r]), custom_generate=SpeculativeDecoder(None, seed=21), **options
+        )
+        for r in rows
+    ]
+    truth = [p[0].tolist() for p in plain]
+    for drafter in (
+        PromptLookupDrafter(16, min_probability=0.0),
+        OracleDrafter(truth, model.config.vocab_size, max_nodes=32),
+    ):
+        for chosen in ([0], [1, 2, 3], [3, 0]):
+            inputs = left_pad([rows[i] for i in chosen])
+            decoder = SpeculativeDecoder(drafter, seed=21)
+            output = model.generate(**inputs, custom_generate=decoder, **options)
+            new = output[:, inputs["input_ids"].shape[1] :].tolist()
+            assert new == [truth[i][len(rows[i]) :] for i in chosen]
+
+
+def test_the_end_token_ends_a_row_as_in_generate(smollm2) -> None:
+    model, tokenizer = smollm2
+    chat = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
+    want = model.generate(**inputs, **options)
+    got = model.generate(**inputs, **options, custom_generate=SpeculativeDecoder())
+    assert got.tolist() == want.tolist()
+    assert want.shape[1] < inputs["input_ids"].shape[1] + 60, "the prompt must end by itself"
+
+
+def test_bf16_parts_from_generate_only_at_near_ties(
+    smollm2, prompts, report: Callable[[str], None]
+) -> None:
+    from specdec_kernels.hf import load_model
+
+    model, _ = load_model("smollm2", dtype=torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    parted, gaps = 0, []
+    truth = _plain(model, prompts, NEW)
+    for drafter in (
+        PromptLookupDrafter(16),
+        OracleDrafter(truth, model.config.vocab_size, max_nodes=32),
+    ):
+        decoder = SpeculativeDecoder(drafter)
+        for row, want in zip(prompts, truth, strict=True):
+            inputs = left_pad([row])
+            got = model.generate(
+                **inputs, max_new_tokens=NEW, do_sample=False, custom_generate=decoder
+            )[0].tolist()
+            first = next(
+                (i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b), None
+            )
+            if first is None:
+                continue
+            parted += 1
+            with torch.no_grad():
+                logits = model(torch.tensor([want[:first]])).logits[0, -1].float()
+            gaps.append((logits.max() - logits[got[first]]).item())
+    report(
+        f"bf16: {parted} of {2 * len(prompts)} texts part from generate within {NEW} tokens; "
+        f"top-2 gaps there, logits: {sorted(round(g, 3) for g in gaps)}"
+    )
+    assert all(gap <= NEAR_TIE for gap in gaps), gaps
