@@ -93,8 +93,6 @@ class Op(Generic[P, R]):
             return "no CUDA device" if needs_gpu else None
         if backend in ("cpu", "cuda") and not NATIVE_LIBRARY.exists():
             return "native library not built"
-        if backend == "cuda" and not built_with_cuda():
-            return "not built (nvcc not found)"
         return "not written yet"
 
     def _explicit(
