@@ -43,6 +43,15 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
 }
 
+// The tensor itself where it is contiguous, else a copy that is.
+inline Tensor packed(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline OptionalTensor packed(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(packed(*tensor)) : std::nullopt;
+}
+
 inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Half:

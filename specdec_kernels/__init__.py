@@ -7,6 +7,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .drafters import DraftContext, Drafter, OracleDrafter, PromptLookupDrafter, RowDrafter
+from .drafting import ProposalBuilder, SamplingParams
+from .forest import DraftNode
 from .ops import (
     build_tree,
     commit,
@@ -27,11 +29,14 @@ __version__ = "0.1.0"
 __all__ = [
     "DraftContext",
     "DraftKind",
+    "DraftNode",
     "Drafter",
     "OracleDrafter",
     "PromptLookupDrafter",
     "Proposal",
+    "ProposalBuilder",
     "RowDrafter",
+    "SamplingParams",
     "SpeculativeDecoder",
     "TokenTree",
     "available",

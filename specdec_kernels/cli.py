@@ -209,6 +209,34 @@ def ops(
     publish(record, out, ops_table(record["rows"]))
 
 
+@bench_app.command()
+def rules(
+    model: Model = "smollm2",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Spec-Bench JSON lines; the package's own if not given.")
+    ] = None,
+    limit_per_category: Annotated[
+        int | None, typer.Option(min=1, help="At most this many prompts of each, evenly spread.")
+    ] = None,
+    contexts: Annotated[int, typer.Option(min=2, help="Contexts, 50 after each prompt.")] = 600,
+    dtype: Dtype = "bf16",
+    threads: Threads = None,
+    out: JsonOut = None,
+) -> None:
+    """Count the draft tokens that each acceptance rule keeps, on the same contexts of a model."""
+    check_out(out)
+
+    from .bench.e2e import read_prompts, select_prompts
+    from .bench.rules import run_rules
+    from .tables import rules_table
+
+    chosen = select_prompts(read_prompts(prompts), categories=(), limit=limit_per_category)
+    subject = _load(model, dtype, threads)
+    with progress_bar("measuring", contexts) as step:
+        record = run_rules(subject, chosen, num_contexts=contexts, progress=step)
+    publish(record, out, rules_table(record["rows"]))
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,

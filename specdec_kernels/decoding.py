@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .acceptance import RULES
 from .drafters.base import DraftContext, Drafter
+from .drafting import GREEDY, SamplingParams
 from .ops import sample, verify
+from .sampling import NO_SUCH_DRAW
 from .shapes import PAD
-from .tree import Proposal, TokenTree
+from .tree import DraftKind, Proposal, TokenTree
 
 
 class Target(Protocol):
@@ -32,21 +35,6 @@ class Target(Protocol):
 
     def commit(self, path: Tensor, num_kept: Tensor) -> None:
         """Keep path nodes [B, N], `num_kept` [B] of each row, and drop the other nodes."""
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """Per-row sampling parameters, each [B] or None, as in `ops.sample`; all None is greedy."""
-
-    seeds: Tensor | None = None
-    temperature: Tensor | None = None
-    top_k: Tensor | None = None
-    top_p: Tensor | None = None
-    min_p: Tensor | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `sample` and `verify`."""
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(slots=True)
@@ -117,7 +105,8 @@ def decode(
     *,
     max_lengths: Sequence[int],
     should_stop: Callable[[int, list[int]], bool] = lambda row, sequence: False,
-    sampling: SamplingParams = SamplingParams(),
+    sampling: SamplingParams = GREEDY,
+    rule: str | None = None,
     listener: Listener | None = None,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Continue every prompt as the target alone would.
@@ -130,15 +119,19 @@ def decode(
         should_stop: `should_stop(row, sequence)` after every token; True ends the row with that
             token.
         sampling: greedy unless given.
+        rule: a lossless rule of `verify` for all rows; None tests each row that has sampled drafts
+            by `traversal` and the others by `walk`.
         listener: receives tokens as they are committed.
 
     Returns:
         the sequences, prompts included, and statistics.
 
     Raises:
-        ValueError: a proposal that is not a tree over the vocabulary, naming the drafter.
-        ArithmeticError: target logits without a finite value.
+        ValueError: a proposal that is not a tree over the vocabulary, naming the drafter; an
+            unknown or lossy rule, or one that cannot test the drafts.
+        ArithmeticError: a target row without finite logit, a draft token without mass in its law.
     """
+    check_rule(rule)
     start = time.perf_counter()
     batch = len(prompts)
     rows = _Rows([list(p) for p in prompts], max_lengths, should_stop, listener)
@@ -147,30 +140,23 @@ def decode(
         drafter.begin(batch)
     logits = target.prefill(prompts)
     positions = torch.tensor([len(p) for p in prompts], device=target.device)
-    tokens, status = sample(logits, positions=positions, **sampling.arguments())
-    _check_status(status, rows.sequences)
-    for row, token in enumerate(tokens.tolist()):
+    drawn, status, _ = sample(logits, positions=positions, **sampling.arguments())
+    _check_status(status, rows.sequences, drafter)
+    for row, token in enumerate(drawn[:, 0].tolist()):
         rows.push(row, [token])
     stats.prefill_seconds = time.perf_counter() - start
 
     while any(rows.active):
         before = time.perf_counter()
-        proposal = _propose(drafter, rows, target)
+        proposal = _propose(drafter, rows, target, sampling)
         drafted = time.perf_counter()
         tree = proposal.tree
         logits = target.forward(tree)
         forwarded = time.perf_counter()
         positions = torch.tensor([len(s) - 1 for s in rows.sequences], device=target.device)
-        path, num_accepted, next_tokens, status = verify(
-            logits,
-            tree.tokens,
-            tree.parents,
-            tree.num_nodes,
-            positions=positions,
-            kinds=proposal.kinds,
-            **sampling.arguments(),
-        )
-        _check_status(status, rows.sequences)
+        results = _verify(rule, logits, proposal, positions, sampling)
+        path, num_accepted, next_tokens, status = results
+        _check_status(status, rows.sequences, drafter)
         kept = _push_step(rows, stats, tree, path, num_accepted, next_tokens)
         # Stop rules come first: tokens after a stop are never committed.
         target.commit(path, torch.tensor(kept, dtype=torch.int32, device=target.device))
@@ -179,6 +165,49 @@ def decode(
 
     stats.total_seconds = time.perf_counter() - start
     return rows.sequences, stats
+
+
+def check_rule(rule: str | None) -> None:
+    """Raise ValueError unless `decode` takes the rule."""
+    lossless = [name for name in RULES if name != "typical"]
+    if rule is not None and rule not in lossless:
+        raise ValueError(f"rule must be None or one of {', '.join(lossless)}, got {rule!r}")
+
+
+def _verify(
+    rule: str | None,
+    logits: Tensor,
+    proposal: Proposal,
+    positions: Tensor,
+    sampling: SamplingParams,
+) -> tuple[Tensor, ...]:
+    """Path, accepted, next token and status. Without a rule each row gets one by its own drafts:
+    its tokens must not depend on the other rows.
+    """
+    tree = proposal.tree
+
+    def run(rule: str, num_nodes: Tensor) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = verify(
+            logits,
+            tree.tokens,
+            tree.parents,
+            num_nodes,
+            positions=positions,
+            kinds=proposal.kinds,
+            draft_rows=proposal.draft_rows,
+            draft_probs=proposal.draft_probs,
+            draft_offsets=proposal.draft_offsets,
+            rule=rule,
+            **sampling.arguments(),
+        )
+        return results[:4]
+
+    if rule is not None or proposal.draft_rows is None:
+        return run(rule or "walk", tree.num_nodes)
+    is_sampled = (proposal.kinds != DraftKind.ONEHOT).any(1)
+    walked = run("walk", tree.num_nodes * ~is_sampled)
+    tested = run("traversal", tree.num_nodes * is_sampled)
+    return tuple(map(torch.maximum, walked, tested))  # an idle row has the least of every value
 
 
 def _push_step(
@@ -191,11 +220,8 @@ def _push_step(
 ) -> list[int]:
     """Append what a step emitted; path nodes to keep per row."""
     along = tree.tokens.gather(1, path.long().clamp_min(0)).tolist()
-    accepted, following, sizes = (
-        num_accepted.tolist(),
-        next_tokens.tolist(),
-        tree.num_nodes.tolist(),
-    )
+    accepted, following = num_accepted.tolist(), next_tokens.tolist()
+    sizes = tree.num_nodes.tolist()
     kept = []
     for row, active in enumerate(list(rows.active)):
         if not active:
@@ -211,13 +237,15 @@ def _push_step(
     return kept
 
 
-def _propose(drafter: Drafter | None, rows: _Rows, target: Target) -> Proposal:
+def _propose(
+    drafter: Drafter | None, rows: _Rows, target: Target, sampling: SamplingParams
+) -> Proposal:
     sequences, active = rows.sequences, rows.active
     roots = [([s[-1]], [PAD]) if a else ([], []) for s, a in zip(sequences, active, strict=True)]
     if drafter is None:
         return Proposal.onehot(roots, target.device)
     depths = [m - len(s) - 1 for m, s in zip(rows.max_lengths, sequences, strict=True)]
-    context = DraftContext(sequences, active, depths, target.device)
+    context = DraftContext(sequences, active, depths, target.device, target.vocab_size, sampling)
     name = type(drafter).__name__
     try:
         proposal = drafter.propose(context)
@@ -255,10 +283,17 @@ def _check_proposal(
                 )
 
 
-def _check_status(status: Tensor, sequences: Sequence[Sequence[int]]) -> None:
+def _check_status(
+    status: Tensor, sequences: Sequence[Sequence[int]], drafter: Drafter | None
+) -> None:
     for row, value in enumerate(status.tolist()):
+        length = len(sequences[row])
+        if value == NO_SUCH_DRAW:
+            raise ArithmeticError(
+                f"{type(drafter).__name__}: row {row}: a draft token after token {length} has no "
+                "mass in the law recorded for it"
+            )
         if value:
             raise ArithmeticError(
-                f"decode: row {row}: the target's logits have no finite value "
-                f"after token {len(sequences[row])}"
+                f"decode: row {row}: the target's logits have no finite value after token {length}"
             )

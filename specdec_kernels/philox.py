@@ -31,7 +31,9 @@ class Domain(IntEnum):
     """Draws from the target's own law: plain sampling, `walk`, and the bonus token."""
 
 
-def random_bits(seeds: Tensor, positions: Tensor, num: int, domain: int) -> Tensor:
+def random_bits(
+    seeds: Tensor, positions: Tensor, num: int, domain: int, streams: Tensor | None = None
+) -> Tensor:
     """32 random bits for each row and index.
 
     Args:
@@ -39,11 +41,15 @@ def random_bits(seeds: Tensor, positions: Tensor, num: int, domain: int) -> Tens
         positions: [R] int64, absolute token position of the draw.
         num: how many indices (the vocabulary size, for Gumbel noise over tokens).
         domain: a `Domain`.
+        streams: [R] int64 in [0, 2^32 / ceil(num/4)); stream s starts at index 4 s ceil(num/4).
 
     Returns:
         [R, num] int64 in [0, 2^32).
     """
-    blocks = torch.arange((num + 3) // 4, device=seeds.device)
+    per_stream = (num + 3) // 4
+    blocks = torch.arange(per_stream, device=seeds.device)
+    if streams is not None:
+        blocks = blocks + (streams[:, None] * per_stream & _MASK)
     seeds, positions = seeds[:, None], positions[:, None]
     ctr = [blocks, torch.full_like(blocks, int(domain)), positions & _MASK, positions >> 32 & _MASK]
     key = [seeds & _MASK, seeds >> 32 & _MASK]
@@ -56,9 +62,18 @@ def random_bits(seeds: Tensor, positions: Tensor, num: int, domain: int) -> Tens
     return torch.stack([c.expand(rows) for c in ctr], -1).flatten(1)[:, :num]
 
 
-def uniform(bits: Tensor) -> Tensor:
-    """Coins in [0, 1): the top 24 bits, exact in float32."""
-    return (bits >> 8).float() * 2.0**-24
+def uniforms(seeds: Tensor, positions: Tensor, num: int, domain: int) -> Tensor:
+    """Uniform float64 numbers in [0, 1), 53 bits each: number i from indices 2i and 2i + 1.
+
+    Args:
+        seeds, positions, domain: as in `random_bits`.
+        num: numbers per row.
+
+    Returns:
+        [R, num] float64.
+    """
+    bits = random_bits(seeds, positions, 2 * num, domain)
+    return ((bits[:, 0::2] >> 5 << 26) + (bits[:, 1::2] >> 6)).double() * 2.0**-53
 
 
 def gumbel(bits: Tensor) -> Tensor:

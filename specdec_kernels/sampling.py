@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from .philox import gumbel, random_bits
+from .shapes import PAD
 
-OK, NO_FINITE_LOGIT = 0, 1
-"""Row status of `sample` and `verify`."""
+OK, NO_FINITE_LOGIT, NO_SUCH_DRAW = 0, 1, 2
+"""Row status of `sample` and `verify`: fine; a row of logits without a finite value (or all of it
+masked); a draft token without mass in the law it is said to be drawn from.
+"""
 
 
 def filtered_scores(
@@ -23,6 +26,7 @@ def filtered_scores(
     top_p: Tensor | None,
     min_p: Tensor | None,
     bias: Tensor | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Logits divided by temperature, with filtered-out tokens at -inf.
 
@@ -33,6 +37,7 @@ def filtered_scores(
         top_p: [R] float32; 1 is off.
         min_p: [R] float32; 0 is off.
         bias: [R, V] float32, added to the logits first; -inf forbids a token.
+        mask: [R, V] bool; False forbids a token.
 
     Returns:
         [R, V] float32.
@@ -41,10 +46,12 @@ def filtered_scores(
     if bias is not None:
         scores = scores + bias
     scores = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     if temperature is None:
         return scores
     greedy = ~(temperature > 0)[:, None]
-    filtered = _keep_infinite(scores / torch.where(greedy, 1.0, temperature[:, None]))
+    filtered = keep_infinite(scores / torch.where(greedy, 1.0, temperature[:, None]))
     if top_k is not None:
         filtered = _top_k(filtered, top_k)
     if top_p is not None:
@@ -61,21 +68,53 @@ def draw(
     seeds: Tensor | None,
     positions: Tensor | None,
     domain: int,
+    *,
+    num_draws: int = 1,
+    streams: Tensor | None = None,
+    coins: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token per row of filtered scores: the argmax, with Gumbel noise where temperature > 0.
+    """Tokens from rows of filtered scores: the largest, with Gumbel noise where temperature > 0.
+
+    Args:
+        scores: [R, V] float32 from `filtered_scores`.
+        temperature, seeds, positions: [R].
+        domain: a `philox.Domain`.
+        num_draws: tokens per row, without replacement: in falling order of noisy score.
+        streams: [R] int64, which of the disjoint noises of a position; 0 if None.
+        coins: [R] float64; where given, sampled rows invert their cumulative law instead.
 
     Returns:
-        tokens [R] int64, ties by lowest index (0 where no score is finite), and status [R] int32.
+        tokens [R, num_draws] int64, ties by lowest index, PAD where no token is left (0 in the
+        first place of a row without finite score), and status [R] int32.
     """
-    if temperature is not None and seeds is not None and positions is not None:
-        noise = gumbel(random_bits(seeds, positions, scores.shape[-1], domain))
-        scores = torch.where((temperature > 0)[:, None], scores + noise, scores)
-    best, tokens = scores.max(-1)
-    tokens = (scores == best[:, None]).to(torch.int8).argmax(-1)
-    return tokens, torch.where(best == -torch.inf, NO_FINITE_LOGIT, OK).to(torch.int32)
+    noisy = scores
+    if temperature is not None and coins is not None:
+        by_coin = _invert(scores, coins)
+        drawn = torch.arange(scores.shape[-1], device=scores.device) == by_coin[:, None]
+        noisy = torch.where((temperature > 0)[:, None] & ~drawn, -torch.inf, scores)
+    elif temperature is not None and seeds is not None and positions is not None:
+        noise = gumbel(random_bits(seeds, positions, scores.shape[-1], domain, streams))
+        noisy = torch.where((temperature > 0)[:, None], scores + noise, scores)
+    status = torch.where(scores.amax(-1) == -torch.inf, NO_FINITE_LOGIT, OK).to(torch.int32)
+    columns = []
+    for _ in range(num_draws):
+        best = noisy.amax(-1, keepdim=True)
+        token = (noisy == best).to(torch.int8).argmax(-1, keepdim=True)  # the lowest of equals
+        columns.append(token.masked_fill(best == -torch.inf, PAD))
+        noisy = noisy.scatter(-1, token, -torch.inf)
+    columns[0] = columns[0].masked_fill((status != OK)[:, None], 0)
+    return torch.cat(columns, -1), status
 
 
-def _keep_infinite(scores: Tensor) -> Tensor:
+def _invert(scores: Tensor, coins: Tensor) -> Tensor:
+    """[R] lowest token at which the cumulative law exceeds the coin times its whole mass."""
+    cumulative = scores.double().softmax(-1).nan_to_num(0.0).cumsum(-1)
+    beyond = cumulative > (coins * cumulative[:, -1])[:, None]
+    last = (cumulative < cumulative[:, -1:]).sum(-1)  # a coin so near 1 that the product rounds up
+    return torch.where(beyond.any(-1), beyond.to(torch.int8).argmax(-1), last)
+
+
+def keep_infinite(scores: Tensor) -> Tensor:
     """A row with +inf logits is uniform over those tokens."""
     infinite = scores == torch.inf
     replaced = torch.where(infinite, 0.0, -torch.inf)

@@ -4,7 +4,8 @@ A declaration reads ``"logits: B N V float, tokens: B N int64, num_nodes: B int3
 dtype class. `B` requests, `N` tree nodes (root included), `V` vocabulary, `H` query heads, `G`
 key/value heads, `D` head dim of queries and keys, `E` head dim of values, `S` cache slots, `C` =
 `B` rows of a contiguous cache or pages of a paged one, `M` pages per request, `L` layers, `W` =
-ceil(N/64) mask words, `K` candidates, `T` tree depths, `R` rows, `F` features. `_` is any size;
+ceil(N/64) mask words, `K` candidates, `T` tree depths, `R` rows, `F` features, `Q`
+draft laws per request, `U` draft vocabulary. `_` is any size;
 `[...]` marks a list of tensors. Dtype `float` is bfloat16, float16 or float32 and the same for
 every `float` argument of a call. The same text is checked here and, for the native operators, in
 csrc/shape_table.hpp.
@@ -27,9 +28,11 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {
     "float": FLOATS,
     "float32": (torch.float32,),
+    "float64": (torch.float64,),
     "int32": (torch.int32,),
     "int64": (torch.int64,),
     "int8": (torch.int8,),
+    "bool": (torch.bool,),
 }
 
 

@@ -74,6 +74,25 @@ def ops_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def rules_table(rows: list[dict[str, Any]]) -> Table:
+    """One section per draft law, one row per way to draw and test siblings."""
+    numbers = _numbers("accepted", "against the first")
+    table = Table("draft", "temperature", "siblings", "rule", *numbers)
+    for i, row in enumerate(rows):
+        is_first = i == 0 or rows[i - 1]["temperature"] != row["temperature"]
+        if is_first:
+            table.add_section()
+        table.add_row(
+            row["draft"] if is_first else "",
+            f"{row['temperature']:g}" if is_first else "",
+            row["siblings"],
+            row["rule"],
+            f"{row['accepted']:.2f} ± {row['ci95']:.2f}",
+            "" if is_first else f"{row['gain']:+.1%} ± {row['gain_ci95']:.1%}",
+        )
+    return table
+
+
 def generation_lines(report: dict[str, Any], dtype: str) -> list[str]:
     """The summary of a report of `specdec generate`."""
     stats, compare = report["stats"], report["compare"]

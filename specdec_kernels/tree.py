@@ -18,7 +18,9 @@ class DraftKind(IntEnum):
     ONEHOT = 0
     """Chosen deterministically: its draft law puts all mass on the token."""
     SAMPLED = 1
-    """Drawn from a recorded fp32 law, which travels with the proposal."""
+    """Drawn from its parent's recorded fp32 law, independently of its siblings."""
+    SAMPLED_WITHOUT_REPLACEMENT = 2
+    """Drawn from that law without the tokens of its earlier siblings of this kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,40 +48,81 @@ class TokenTree:
         Raises:
             ValueError: a wrong topology, naming the row and the node.
         """
-        width = max((len(tokens) for tokens, _ in rows), default=0)
         for b, (tokens, parents) in enumerate(rows):
             _check_topology(b, tokens, parents)
-        pad_tokens = [[*tokens, *[0] * (width - len(tokens))] for tokens, _ in rows]
-        pad_parents = [[*parents, *[PAD] * (width - len(parents))] for _, parents in rows]
         return TokenTree(
-            torch.tensor(pad_tokens, dtype=torch.int64, device=device).reshape(len(rows), width),
-            torch.tensor(pad_parents, dtype=torch.int32, device=device).reshape(len(rows), width),
+            pad_rows([tokens for tokens, _ in rows], torch.int64, device),
+            pad_rows([parents for _, parents in rows], torch.int32, device, PAD),
             torch.tensor([len(tokens) for tokens, _ in rows], dtype=torch.int32, device=device),
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False, eq=False)
 class Proposal:
-    """A token tree together with the laws its tokens were drawn from.
+    """A batch of draft trees, with the laws that their sampled tokens were drawn from.
 
-    Built by `Proposal.onehot` (deterministic drafts). The tree and its draft laws are made in one
-    place, so a law other than the one that was sampled cannot be tested.
+    Made by `Proposal.onehot` (deterministic drafts) or by `drafting.ProposalBuilder`, which draws
+    the tokens itself: there is no other constructor, so a law that was not sampled cannot be
+    tested.
 
     Attributes:
         tree: the drafted trees.
         kinds: [B, N] int8 of `DraftKind`.
+        draft_rows: [B, N] int32, node -> row of the law of its sampled children, else PAD; None if
+            no node of the batch was sampled, and then there are no laws either.
+        draft_probs: [B, Q, U] float32, those laws, over draft ids.
+        draft_offsets: [U] int64, draft id u is target id `u + draft_offsets[u]`; None if
+            the vocabularies agree.
     """
 
     tree: TokenTree
     kinds: Tensor
+    draft_rows: Tensor | None
+    draft_probs: Tensor | None
+    draft_offsets: Tensor | None
+
+    def __init__(self, *_: object, **__: object) -> None:
+        raise TypeError(
+            "Proposal cannot be constructed from tensors: use Proposal.onehot(rows) for "
+            "deterministic drafts, or a ProposalBuilder, which draws the tokens and records the "
+            "law that it drew from"
+        )
 
     @staticmethod
     def onehot(
         rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | str = "cpu"
     ) -> Proposal:
-        """A proposal of deterministic drafts from per-request (tokens, parents) lists."""
+        """A proposal of deterministic drafts from per-request (tokens, parents) lists.
+
+        Raises:
+            ValueError: a wrong topology, naming the row and the node.
+        """
         tree = TokenTree.from_rows(rows, device)
-        return Proposal(tree, torch.zeros_like(tree.tokens, dtype=torch.int8))
+        return _seal(tree, torch.zeros_like(tree.tokens, dtype=torch.int8), None, None, None)
+
+
+def _seal(
+    tree: TokenTree,
+    kinds: Tensor,
+    draft_rows: Tensor | None,
+    draft_probs: Tensor | None,
+    draft_offsets: Tensor | None,
+) -> Proposal:
+    """The constructor of `Proposal`, for code that has itself drawn the tokens from these laws."""
+    proposal = object.__new__(Proposal)
+    values = (tree, kinds, draft_rows, draft_probs, draft_offsets)
+    for name, value in zip(Proposal.__slots__, values, strict=True):
+        object.__setattr__(proposal, name, value)
+    return proposal
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device | str, value: int = 0
+) -> Tensor:
+    """[len(rows), longest row], padded on the right with `value`."""
+    width = max((len(row) for row in rows), default=0)
+    padded = [[*row, *[value] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=dtype, device=device).reshape(len(rows), width)
 
 
 def _check_topology(b: int, tokens: Sequence[int], parents: Sequence[int]) -> None:

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from specdec_kernels.bench.cases import CASES, BenchCase
+from specdec_kernels.bench.e2e import read_prompts
 from specdec_kernels.bench.ops import check_case, run_ops
+from specdec_kernels.bench.rules import DISTINCT, RULES, Settings, _mean, run_rules
+from specdec_kernels.hf.text import TextModel
 from specdec_kernels.registry import OPS
 
 FIELDS = {
@@ -88,3 +91,33 @@ def test_unknown_names_are_refused() -> None:
         run_ops(["attention"])
     with pytest.raises(ValueError, match="backend 'tpu' cannot run tree_mask: unknown"):
         run_ops(["tree_mask"], backend="tpu")
+
+
+def test_rules_are_compared_on_the_same_contexts() -> None:
+    seen: list[str] = []
+    record = run_rules(
+        TextModel(),
+        read_prompts()[:2],
+        num_contexts=3,
+        settings=Settings(shape=(2, 1), contexts_per_prompt=2, temperatures=(1.0,)),
+        progress=seen.append,
+    )
+    assert len(seen) == 3 and record["machine"]["settings"]["num_contexts"] == 3
+    rows = {(r["draft"], r["siblings"], r["rule"]): r for r in record["rows"]}
+    assert len(rows) == 2 * sum(map(len, RULES.values()))
+    for (_, siblings, rule), row in rows.items():
+        assert 0 <= row["accepted"] <= 2 and row["temperature"] == 1.0
+        if (siblings, rule) == (DISTINCT, "token"):
+            assert row["gain"] == row["gain_ci95"] == 0
+    assert any(row["accepted"] > 0 for row in rows.values())
+    with pytest.raises(ValueError, match=r"contexts must be in \[3, 4\] with 2 prompts"):
+        run_rules(TextModel(), read_prompts()[:2], num_contexts=5, settings=_TWO_EACH)
+
+
+def test_confidence_takes_prompts_as_the_sample() -> None:
+    middle, half_width = _mean([[1.0, 1.0], [3.0, 3.0]])
+    assert middle == 2.0
+    assert half_width == pytest.approx(1.96 * 1.0)  # two means, 1 from the middle each: s.e. 1
+
+
+_TWO_EACH = Settings(contexts_per_prompt=2)

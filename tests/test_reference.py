@@ -24,7 +24,7 @@ from specdec_kernels import (
     tree_mask,
     verify,
 )
-from specdec_kernels.philox import Domain, gumbel, random_bits, uniform
+from specdec_kernels.philox import Domain, gumbel, random_bits, uniforms
 from specdec_kernels.sampling import filtered_scores
 from specdec_kernels.shapes import PAD
 
@@ -119,9 +119,27 @@ def test_philox_streams_are_disjoint_and_blocks_are_consistent() -> None:
     assert all(0 <= int(w) < 2**32 for w in (words.min(), words.max()))
 
 
-def test_uniform_and_gumbel_edges() -> None:
+def test_uniforms_join_two_words_into_53_bits() -> None:
+    seeds, positions = torch.tensor([3, 2**40 + 1]), torch.tensor([7, 2**33])
+    bits = random_bits(seeds, positions, 6, Domain.ACCEPT)
+    got = uniforms(seeds, positions, 3, Domain.ACCEPT)
+    for row in range(2):
+        for i in range(3):
+            high, low = int(bits[row, 2 * i]), int(bits[row, 2 * i + 1])
+            assert float(got[row, i]) == ((high >> 5) * 2**26 + (low >> 6)) / 2**53
+    assert bool((got >= 0).all()) and bool((got < 1).all())
+
+
+def test_streams_of_one_position_are_disjoint() -> None:
+    seeds, positions = torch.tensor([5, 5, 5]), torch.tensor([9, 9, 9])
+    long = random_bits(seeds[:1], positions[:1], 24, Domain.DRAFT)[0]
+    rows = random_bits(seeds, positions, 7, Domain.DRAFT, torch.tensor([0, 1, 2]))
+    for stream in range(3):  # a stream of 7 tokens takes two blocks of four
+        assert torch.equal(rows[stream], long[8 * stream : 8 * stream + 7])
+
+
+def test_gumbel_edges() -> None:
     edges = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1])
-    assert uniform(edges).tolist() == [0.0, 0.0, 0.5 - 2**-24, 0.5, 1 - 2**-24]
     v = ((edges.float() + 0.5) * 2.0**-32).clamp_max(1 - 2.0**-24).double()
     want = -torch.log(-torch.log1p(-v))
     torch.testing.assert_close(gumbel(edges).double(), want, rtol=2e-6, atol=2e-6)
@@ -130,10 +148,10 @@ def test_uniform_and_gumbel_edges() -> None:
 def test_gumbel_draws_follow_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
     n = 20_000
-    tokens, _ = sample(
+    tokens, _, _ = sample(
         logits.expand(n, -1), torch.arange(n), torch.full((n,), 9), torch.full((n,), 0.8)
     )
-    counts = torch.bincount(tokens, minlength=5).double()
+    counts = torch.bincount(tokens[:, 0], minlength=5).double()
     want = (logits / 0.8).softmax(-1).double() * n
     chi_square = float(((counts - want) ** 2 / want).sum())
     assert chi_square < 30  # 4 degrees of freedom: 5e-6 by chance
@@ -182,8 +200,8 @@ def test_hostile_rows_have_a_defined_answer(backend: str) -> None:
             [2.0, 2.0, 2.0],
         ]
     )
-    tokens, status = sample(rows, backend=backend)
-    assert tokens.tolist() == [0, 0, 1, 1, 2, 0]
+    tokens, status, _ = sample(rows, backend=backend)
+    assert tokens[:, 0].tolist() == [0, 0, 1, 1, 2, 0]
     assert status.tolist() == [1, 1, 0, 0, 0, 0]
     many = 64
     hot = {
@@ -193,8 +211,8 @@ def test_hostile_rows_have_a_defined_answer(backend: str) -> None:
         "top_p": torch.full((many,), 0.9),
     }
     for row, allowed in ((2, {1, 2}), (3, {1, 2}), (4, {2}), (0, {0})):
-        drawn, status = sample(rows[row].expand(many, -1), **hot, backend=backend)
-        assert set(drawn.tolist()) == allowed
+        drawn, status, _ = sample(rows[row].expand(many, -1), **hot, backend=backend)
+        assert set(drawn[:, 0].tolist()) == allowed
         assert set(status.tolist()) == {int(row == 0)}
 
 
@@ -207,10 +225,10 @@ def test_ties_at_the_edge_of_a_filter_are_kept(backend: str) -> None:
         "positions": torch.zeros(n, dtype=torch.int64),
         "temperature": torch.ones(n),
     }
-    drawn, _ = sample(row, **common, top_k=torch.full((n,), 1).int(), backend=backend)
-    assert set(drawn.tolist()) == {0, 2, 3}
-    drawn, _ = sample(row, **common, top_p=torch.full((n,), 0.2), backend=backend)
-    assert set(drawn.tolist()) == {0, 2, 3}
+    drawn, _, _ = sample(row, **common, top_k=torch.full((n,), 1).int(), backend=backend)
+    assert set(drawn[:, 0].tolist()) == {0, 2, 3}
+    drawn, _, _ = sample(row, **common, top_p=torch.full((n,), 0.2), backend=backend)
+    assert set(drawn[:, 0].tolist()) == {0, 2, 3}
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -221,7 +239,7 @@ def test_greedy_walk_follows_the_target(backend: str) -> None:
     logits = torch.zeros((1, 5, 10))
     for node, token in ((0, 6), (1, 9), (2, 8), (3, 9), (4, 2)):
         logits[0, node, token] = 1.0
-    path, num_accepted, next_tokens, status = verify(
+    path, num_accepted, next_tokens, status, *_ = verify(
         logits, tokens, parents, _int32([5]), backend=backend
     )
     assert path.tolist() == [[0, 2, 4, PAD, PAD]]
@@ -233,11 +251,19 @@ def test_walk_stops_at_a_row_without_a_finite_logit(backend: str) -> None:
     logits = torch.zeros((1, 2, 4))
     logits[0, 0, 3] = 1.0
     logits[0, 1] = math.nan
-    path, num_accepted, next_tokens, status = verify(
+    path, num_accepted, next_tokens, status, *_ = verify(
         logits, torch.tensor([[0, 3]]), _int32([[-1, 0]]), _int32([2]), backend=backend
     )
     assert path.tolist() == [[0, 1]]
     assert (num_accepted.tolist(), next_tokens.tolist(), status.tolist()) == ([1], [0], [1])
+
+
+_SAMPLED = {
+    "rule": "token",
+    "kinds": torch.tensor([[0, 1]], dtype=torch.int8),
+    "draft_rows": _int32([[0, 0]]),
+    "draft_probs": torch.full((1, 1, 4), 0.25),
+}
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -249,10 +275,41 @@ def test_walk_stops_at_a_row_without_a_finite_logit(backend: str) -> None:
             {"rule": "typical"},
             "verify: rule 'typical' is lossy and must be asked for with lossy=True",
         ),
-        ({"rule": "block"}, "verify: rule 'block' is not written yet; available: walk"),
         (
             {"kinds": torch.tensor([[0, 1]], dtype=torch.int8)},
-            "verify: rule 'walk' tests one-hot drafts only",
+            r"verify: rule 'walk' tests one-hot drafts only, got kinds\[0, 1\] = 1",
+        ),
+        (
+            {"kinds": torch.tensor([[0, 3]], dtype=torch.int8)},
+            r"verify: kinds\[0, 1\] must be 0, 1 or 2, got 3",
+        ),
+        (
+            {"rule": "token", "kinds": torch.tensor([[0, 1]], dtype=torch.int8)},
+            r"verify: draft_rows\[0, 0\] must name the draft law of its .*, got None",
+        ),
+        (
+            {**_SAMPLED, "draft_rows": _int32([[2, 0]])},
+            r"verify: draft_rows\[0, 0\] must name the draft law of its .*, got 2",
+        ),
+        (
+            {**_SAMPLED, "draft_rows": None},
+            "verify: draft_rows and a draft law must be given together, got one",
+        ),
+        (
+            {**_SAMPLED, "draft_logits": torch.zeros((1, 1, 4))},
+            "verify: draft_probs or draft_logits must be given, got both",
+        ),
+        (
+            {**_SAMPLED, "draft_offsets": torch.tensor([0, 0, 0, 1])},
+            r"verify: draft ids must map to distinct target ids in \[0, V\) = \[0, 4\)",
+        ),
+        (
+            {**_SAMPLED, "draft_offsets": torch.tensor([1, 0, 0, 0])},
+            r"verify: draft ids must map to distinct target ids in \[0, V\) = \[0, 4\)",
+        ),
+        (
+            {**_SAMPLED, "draft_probs": torch.zeros((1, 1, 5))},
+            r"verify: draft ids must map to distinct target ids in \[0, V\) = \[0, 4\)",
         ),
         (
             {"temperature": torch.ones(1)},
@@ -266,6 +323,27 @@ def test_verify_refuses_what_the_walk_cannot_test(
     tree = (torch.tensor([[0, 3]]), _int32([[-1, 0]]), _int32([2]))
     with pytest.raises(ValueError, match=message):
         verify(torch.zeros((1, 2, 4)), *tree, **arguments, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("rule", "parents", "kinds", "message"),
+    [
+        ("block", [-1, 0, 0], [0, 1, 1], r"rule 'block' tests chains, got parents\[0, 2\] = 0"),
+        ("gd_traversal", [-1, 0, 0], [0, 0, 1], r"one sampled child, .* got kinds\[0, 2\] = 1"),
+        ("gd_traversal", [-1, 0, 0], [0, 1, 2], r"one sampled child, .* got kinds\[0, 2\] = 2"),
+    ],
+)
+def test_verify_refuses_trees_that_a_rule_cannot_test(
+    rule: str, parents: list[int], kinds: list[int], message: str, backend: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        verify(
+            torch.zeros((1, 3, 4)), torch.tensor([[0, 1, 2]]), _int32([parents]), _int32([3]),
+            rule=rule, kinds=torch.tensor([kinds], dtype=torch.int8),
+            draft_rows=_int32([[0, 0, 0]]), draft_probs=torch.full((1, 1, 4), 0.25),
+            backend=backend,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -283,7 +361,7 @@ def test_verify_equals_sample_at_every_node_of_the_walk(backend: str) -> None:
         for i in range(9)
     ]
     tokens = torch.tensor([[0, *drawn[:-1]]])
-    path, num_accepted, next_tokens, _ = verify(
+    path, num_accepted, next_tokens, *_ = verify(
         logits, tokens, _int32([[-1, *range(8)]]), _int32([9]),
         seeds=seeds, positions=torch.tensor([100]), temperature=temperature, backend=backend,
     )  # fmt: skip

@@ -27,7 +27,6 @@ from specdec_kernels import (
     Proposal,
     RowDrafter,
     SpeculativeDecoder,
-    TokenTree,
 )
 
 VOCAB = 101
@@ -166,17 +165,15 @@ class _WrongRoot(Drafter):
         return Proposal.onehot([([0], [-1]) for _ in context.sequences])
 
 
-class _RawTensors(Drafter):
+class _WrongParents(Drafter):
     """Goes round the checks of `TokenTree.from_rows`."""
 
     max_nodes = 4
 
     def propose(self, context: DraftContext) -> Proposal:
-        roots = torch.tensor([[s[-1], 5, 6] for s in context.sequences])
-        batch = len(roots)
-        parents = torch.tensor([[-1, 2, 0]], dtype=torch.int32).expand(batch, -1)
-        tree = TokenTree(roots, parents, torch.full((batch,), 3, dtype=torch.int32))
-        return Proposal(tree, torch.zeros_like(roots, dtype=torch.int8))
+        proposal = Proposal.onehot([([s[-1], 5, 6], [-1, 0, 0]) for s in context.sequences])
+        proposal.tree.parents[:, 1] = 2
+        return proposal
 
 
 @pytest.mark.parametrize(
@@ -194,7 +191,7 @@ class _RawTensors(Drafter):
             r"_Fixed: tree.tokens must be \[B, N\] .* max_nodes = 8, got \[2, 9\]",
         ),
         (_WrongRoot(), r"_WrongRoot: row 0: node 0 must be the last committed token"),
-        (_RawTensors(), r"tree_mask: parents\[0, 1\] must be in \[0, 1\), got 2"),
+        (_WrongParents(), r"tree_mask: parents\[0, 1\] must be in \[0, 1\), got 2"),
     ],
 )
 def test_a_drafter_that_proposes_no_tree(tiny_model, drafter: Drafter, message: str) -> None:

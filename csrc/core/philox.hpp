@@ -82,10 +82,13 @@ SPECDEC_HD typename Lanes::Float rounded_log(typename Lanes::Float x) {
   return Lanes::to_float(exponent) * 0.6931471805599453f + atanh_series<Lanes, 4>(t);
 }
 
-// Coins in [0, 1): the top 24 bits, exact in float.
-template <class Lanes>
-SPECDEC_HD typename Lanes::Float uniform(typename Lanes::Uint bits) {
-  return Lanes::to_float(bits >> 8) * 0x1p-24f;
+// A uniform double in [0, 1) with 53 bits, from the words at indices 2 index and 2 index + 1.
+SPECDEC_HD double uniform(int64_t seed, int64_t position, uint32_t index, Domain domain) {
+  uint32_t bits[4];
+  philox<ScalarLanes>(index / 2, seed, position, static_cast<uint32_t>(domain), bits);
+  const uint32_t high = bits[index % 2 * 2], low = bits[index % 2 * 2 + 1];
+  const uint64_t both = (static_cast<uint64_t>(high >> 5) << 26) + (low >> 6);
+  return static_cast<double>(both) * 0x1p-53;
 }
 
 // Standard Gumbel noise -log(-log(1 - v)) with v = (bits + 1/2) / 2^32. Small v, which decide an

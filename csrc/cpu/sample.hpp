@@ -10,14 +10,17 @@ namespace specdec {
 struct SamplingParams {
   const void* logits;        // [B, N, V]
   const float* bias;         // [B, V]
+  const bool* mask;          // [B, V]
   const int64_t* seeds;      // [B]
   const int64_t* positions;  // [B]
   const float* temperature;  // [B]
   const int32_t* top_k;      // [B]
   const float* top_p;        // [B]
   const float* min_p;        // [B]
+  const int64_t* streams;    // [B]
   int64_t stride_logits_b, stride_logits_n, stride_logits_v;
   int64_t stride_bias_b, stride_bias_v;
+  int64_t stride_mask_b, stride_mask_v;
   int32_t batch, vocab;
   uint32_t domain;
   DType dtype;
@@ -25,8 +28,11 @@ struct SamplingParams {
 
 struct SampleParams {
   SamplingParams sampling;  // rows as requests of one node
-  int64_t* tokens;          // [R]
+  const double* coins;      // [R]
+  int64_t* tokens;          // [R, K]
   int32_t* status;          // [R]
+  float* probs;             // [R, V] or null
+  int32_t num_draws;
 };
 
 }  // namespace specdec

@@ -4,17 +4,21 @@
 
 #include <cstdint>
 
+#include "../core/acceptance.hpp"
+#include "kept_law.hpp"
+#include "sample.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
-#include "verify.hpp"
 
 namespace specdec::SPECDEC_ISA {
 
 struct RowLogits {
   const void* logits;  // [V], elements `stride` apart
   const float* bias;   // [V] or null
+  const bool* mask;    // [V] or null
   int64_t stride;
   int64_t bias_stride;
+  int64_t mask_stride;
   int32_t vocab;
   DType dtype;
 };
@@ -26,14 +30,20 @@ struct RowLaw {
   float min_p = 0.0f;
   int64_t seed = 0;
   int64_t position = 0;
+  int64_t stream = 0;
   uint32_t domain = 0;
 
   bool is_greedy() const { return !(temperature > 0.0f); }
+  bool has_filters() const { return top_k > 0 || top_p < 1.0f || min_p > 0.0f; }
 };
 
 struct Drawn {
   int64_t token;
-  int32_t status;  // 0 ok, 1 no finite logit
+  int32_t status;  // a RowStatus
+};
+
+struct TopTwo {
+  float first, second;
 };
 
 // Logits of one node of request `b` (node 0 for plain rows).
@@ -45,9 +55,21 @@ RowLaw row_law(const SamplingParams& params, int64_t b, int64_t offset);
 // Draws rows one at a time; its buffers grow to the largest row and are reused.
 class RowSampler {
  public:
-  // `is_parallel`: share the row's blocks among all threads (when there are fewer rows than
-  // threads).
-  Drawn draw(const RowLogits& row, const RowLaw& law, bool is_parallel);
+  // `is_shared`: all threads scan the row together (when there are fewer rows than threads).
+  Drawn draw(const RowLogits& row, const RowLaw& law, bool is_shared);
+
+  // Draws `num` tokens without replacement, in falling order of noisy score, PAD (-1) where none is
+  // left. Returns the status.
+  int32_t draw_many(const RowLogits& row, const RowLaw& law, int32_t num, int64_t* tokens);
+
+  // The law itself; empty if no logit is finite. A greedy law holds the argmax alone.
+  void keep(const RowLogits& row, const RowLaw& law, bool is_shared, KeptLaw& kept);
+
+  // The entropy in nats of the law that `keep` returned last; it was not greedy.
+  double entropy() const { return entropy_; }
+
+  // The two largest biased logits.
+  TopTwo top_two(const RowLogits& row, bool is_shared);
 
  private:
   struct Best {
@@ -55,23 +77,41 @@ class RowSampler {
     int32_t token = 0;
   };
 
-  float scan(const RowLogits& row, const RowLaw& law, bool is_parallel);
-  int32_t first_token(const RowLogits& row, float score) const;
-  void keep_infinite();
-  float filter_edge(const RowLaw& law, float largest_score);
-  double total_mass(float largest_score) const;
-  void collect(float least);
-  Best draw_kept(const RowLaw& law, float edge, bool is_parallel) const;
-  Best draw_blocks(const RowLaw& law, float edge, int32_t begin, int32_t end) const;
+  bool scan(const RowLogits& row, const RowLaw& law, bool is_shared);
+  float block_score(int32_t block) const;
+  void score_block(int32_t block, float* scores) const;
+  int32_t first_token() const;
+  Best draw_dense(bool is_shared) const;
+  Best draw_blocks(int32_t begin, int32_t end) const;
+  Best draw_candidates() const;
+  Float noise(const int32_t* tokens, int32_t num) const;
+  void filter();
+  void filter_top_k();
+  void filter_top_p(bool is_gathered);
+  float min_p_edge() const;
+  void gather(float least);
+  void drop_below(float edge);
+  double total_mass() const;
 
   template <class Weight>
-  void collect_heaviest(float largest_score, double target, Weight weight);
+  void gather_heaviest(double target, Weight weight);
+
+  template <class Weight>
+  float candidates_edge(double target, Weight weight);
+
+  // The row at hand, its law and its largest score.
+  RowLogits row_{};
+  RowLaw law_{};
+  float largest_ = 0.0f;
+  bool is_infinite_ = false;  // the row has +inf logits, and is uniform over them
+  double entropy_ = 0.0;
 
   int32_t num_blocks_ = 0;
   int32_t num_candidates_ = 0;
-  Scratch<float> scores_;      // [blocks, kBlock], -inf past the vocabulary
-  Scratch<float> block_max_;   // [blocks]
-  Scratch<float> candidates_;  // [blocks, kBlock]
+  Scratch<float> block_max_;   // [blocks], of biased logits
+  Scratch<float> candidates_;  // scores, in token order, padded to whole blocks
+  Scratch<int32_t> tokens_;    // of the candidates
+  Scratch<float> ordered_;     // a copy of the candidates that selection reorders
 };
 
 }  // namespace specdec::SPECDEC_ISA

@@ -158,7 +158,7 @@ void top_row(const TopkLogprobsParams& params, int64_t r, Buffers& buffers) {
 }  // namespace
 
 void topk_logprobs(const TopkLogprobsParams& params) {
-  parallel_for(params.rows, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(params.rows, rows_per_thread(params.vocab), [&](int64_t begin, int64_t end) {
     thread_local Buffers buffers;
     with_dtype(params.dtype, [&](auto element) {
       for (int64_t r = begin; r < end; ++r) top_row<decltype(element)>(params, r, buffers);

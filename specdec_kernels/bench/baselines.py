@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..hf.baseline import growing_layer, sdpa_attention, warpers
+from ..hf.baseline import growing_layer, sdpa_attention, speculative_sampling, warpers
 from ..registry import OPS
 
 Inputs = dict[str, Any]
@@ -100,7 +100,7 @@ def _argmax_walk(inputs: Inputs) -> Callable[[], tuple[list[int], int]]:
 
 def _same_path(own: Run, reference: Run) -> bool:
     path, token = own.outputs
-    accepted, count, next_tokens, _ = reference.outputs
+    accepted, count, next_tokens, *_ = reference.outputs
     kept = accepted[0, : int(count[0]) + 1].tolist()
     return bool(path == kept) and token == int(next_tokens[0])
 
@@ -119,6 +119,19 @@ def _draw_like_hf(logits: Tensor) -> Callable[[], Tensor]:
 def _draw_walk(inputs: Inputs) -> Callable[[], tuple[list[int], int]]:
     walk, draw = _walker(inputs), _draw_like_hf(inputs["logits"][0])
     return lambda: walk(draw().tolist())
+
+
+def _assisted_chain(inputs: Inputs) -> Callable[[], Any]:
+    """Assisted decoding's filters and acceptance of a sampled chain."""
+    filters, logits = warpers(**SAMPLING), inputs["logits"]
+    tokens, draft_logits = inputs["tokens"][:, 1:], inputs["draft_probs"][:, :-1].log()
+    prompt: Any = None
+
+    def call() -> Any:
+        kept = filters(prompt, logits[0].float())[None]
+        return speculative_sampling(tokens, draft_logits, kept)
+
+    return call
 
 
 def _log_softmax_topk(inputs: Inputs) -> Callable[[], Any]:
@@ -198,6 +211,7 @@ HF_SDPA = Baseline("hf sdpa", _hf_sdpa, _same_attention)
 GQA_SDPA = Baseline("sdpa enable_gqa", _gqa_sdpa, _same_attention)
 ARGMAX_WALK = Baseline("argmax + walk", _argmax_walk, _same_path)
 DRAW_WALK = Baseline("hf warpers + multinomial + walk", _draw_walk, None)
+ASSISTED = Baseline("hf warpers + speculative sampling", _assisted_chain, None)
 DRAW = Baseline("hf warpers + multinomial", lambda inputs: _draw_like_hf(inputs["logits"]), None)
 LOG_SOFTMAX_TOPK = Baseline("log_softmax + topk", _log_softmax_topk, _same_logprobs)
 INDEX_AND_COPY = Baseline("index_select + copy", _index_and_copy, _same_caches)

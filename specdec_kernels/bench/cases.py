@@ -106,6 +106,11 @@ def _likely_drafts(inputs: Inputs) -> Inputs:
     return made
 
 
+def _sampled_drafts(inputs: Inputs) -> Inputs:
+    """A sampled chain that is mostly accepted; the tokens alone are returned."""
+    return {**_likely_drafts(inputs), "return_logprobs": False}
+
+
 def _unchanged(inputs: Inputs) -> Inputs:
     return inputs
 
@@ -122,7 +127,7 @@ def _write_work(inputs: Inputs, outputs: Any) -> Work:
 
 
 def _verify_work(inputs: Inputs, outputs: Any) -> Work:
-    """The rows on the walk."""
+    """The rows on the path."""
     row = inputs["logits"][0, 0].nbytes
     return Work(int((outputs[1] + 1).sum()) * row)
 
@@ -145,9 +150,14 @@ def _small_work(inputs: Inputs, outputs: Any) -> Work:
 
 _SMALL = {"G": 3, "D": 64}  # a 135M model
 _LARGE = {"G": 8, "D": 128}  # an 8B model
-_DRAWN_ROWS = [{"R": rows, "V": vocab} for vocab in (49152, 151936) for rows in (1, 16)]
-_TREE_ROWS = [
-    {"B": 1, "N": nodes, "V": vocab} for vocab in (49152, 151936) for nodes in (1, 16, 64)
+_VOCABULARIES = (32000, 49152, 151936)
+_DRAWN_ROWS = [{"R": rows, "V": vocab} for vocab in _VOCABULARIES for rows in (1, 16)]
+_TREE_ROWS = [{"B": 1, "N": nodes, "V": vocab} for vocab in _VOCABULARIES for nodes in (1, 16, 64)]
+_CHAINS = [
+    {"B": 1, "N": nodes, "V": vocab, "rule": rule, "chain": True}
+    for rule in ("token", "block")
+    for vocab in _VOCABULARIES
+    for nodes in (5, 16)
 ]
 
 CASES: tuple[BenchCase, ...] = (
@@ -195,6 +205,10 @@ CASES: tuple[BenchCase, ...] = (
     *(
         BenchCase("verify", rows, (base.DRAW_WALK,), _verify_work, _likely_drafts)
         for rows in _TREE_ROWS
+    ),
+    *(
+        BenchCase("verify", rows, (base.ASSISTED,), _verify_work, _sampled_drafts)
+        for rows in _CHAINS
     ),
     *(BenchCase("sample", rows, (base.DRAW,), _rows_work, _model_rows) for rows in _DRAWN_ROWS),
     *(

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from ..drafting import ProposalBuilder, SamplingParams
 from ..shapes import PAD
 from ..tree import Proposal
 
@@ -22,12 +24,31 @@ class DraftContext:
         active: whether a row still runs; a finished row gets a tree of 0 nodes.
         max_depths: deepest useful node of each row: later ones would pass the length limit.
         device: where the proposal's tensors belong.
+        vocab_size: V of the target.
+        sampling: the target's seeds and sampling parameters.
     """
 
     sequences: Sequence[Sequence[int]]
     active: Sequence[bool]
     max_depths: Sequence[int]
     device: torch.device
+    vocab_size: int
+    sampling: SamplingParams
+
+    def builder(self, offsets: Tensor | None = None) -> ProposalBuilder:
+        """A new builder, whose draws use the target's seeds, temperature and filters.
+
+        Args:
+            offsets: [U] int64, as in `ProposalBuilder`.
+        """
+        return ProposalBuilder(
+            self.sequences,
+            vocab_size=self.vocab_size,
+            sampling=self.sampling,
+            active=self.active,
+            device=self.device,
+            offsets=offsets,
+        )
 
 
 class Drafter(ABC):

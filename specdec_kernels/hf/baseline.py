@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.utils import _speculative_sampling
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
@@ -51,3 +52,17 @@ def warpers(*, temperature: float, top_k: int, top_p: float, min_p: float) -> Lo
             MinPLogitsWarper(min_p),
         ]
     )
+
+
+def speculative_sampling(tokens: Tensor, draft_logits: Tensor, logits: Tensor) -> Any:
+    """The acceptance of assisted decoding, after the filters.
+
+    Args:
+        tokens: [1, N - 1] int64, drafted chain.
+        draft_logits: [1, N - 1, V] float32, what each was drawn from.
+        logits: [1, N, V] float32, filtered target logits.
+
+    Returns:
+        Accepted tokens and the next one, and how many were accepted.
+    """
+    return _speculative_sampling(tokens, draft_logits, tokens.shape[1], logits)

@@ -22,8 +22,9 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..decoding import DecodeStats, Listener, SamplingParams, decode
+from ..decoding import DecodeStats, Listener, check_rule, decode
 from ..drafters import Drafter, PromptLookupDrafter, make_drafter
+from ..drafting import SamplingParams
 from .attention import tree_attention_in
 from .support import check_lengths, check_model, check_request, sampling_options
 from .target import HFTarget
@@ -41,12 +42,17 @@ class SpeculativeDecoder:
         seed: of sampled output; one int for all rows or one per row. None draws one from torch's
             global generator. With `num_return_sequences`, the i-th sequence of a prompt uses `seed
             + i`.
+        rule: a lossless rule of `verify`; None tests rows with sampled drafts by `traversal`,
+            others by `walk`.
         streamer: receives tokens as they are committed, and is ended. It belongs here: `generate`
             keeps the streamer that it is given from custom loops.
         listener: called with (row, new tokens, how many of them were accepted draft tokens).
 
     Attributes:
         stats: `DecodeStats` of the last call.
+
+    Raises:
+        ValueError: an unknown drafter or rule, a lossy rule.
     """
 
     def __init__(
@@ -54,11 +60,14 @@ class SpeculativeDecoder:
         drafter: Drafter | str | None = "prompt_lookup",
         *,
         seed: int | Sequence[int] | None = None,
+        rule: str | None = None,
         streamer: BaseStreamer | None = None,
         listener: Listener | None = None,
     ) -> None:
         self.drafter = make_drafter(drafter) if isinstance(drafter, str) else drafter
+        check_rule(rule)
         self.seed = seed
+        self.rule = rule
         self.streamer = streamer
         self.listener = listener
         self.stats: DecodeStats | None = None
@@ -126,6 +135,7 @@ class SpeculativeDecoder:
                 max_lengths=max_lengths,
                 should_stop=stop,
                 sampling=sampling,
+                rule=self.rule,
                 listener=self._listen,
             )
         new = [torch.tensor(s[len(p) :]) for s, p in zip(sequences, prompts, strict=True)]
@@ -162,6 +172,7 @@ def generate(
     *,
     drafter: Drafter | str | None = "prompt_lookup",
     seed: int | Sequence[int] | None = None,
+    rule: str | None = None,
     streamer: BaseStreamer | None = None,
     stop_strings: str | list[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -173,7 +184,7 @@ def generate(
     Args:
         model: any causal language model of transformers.
         inputs: [B, P] int64 prompt tokens, left-padded; or pass `input_ids=`.
-        drafter, seed, streamer: as in `SpeculativeDecoder`.
+        drafter, seed, rule, streamer: as in `SpeculativeDecoder`.
         stop_strings: end a row when it contains one of them; needs `tokenizer`.
         tokenizer: only for `stop_strings`.
         prompt_lookup_num_tokens: draft by prompt lookup with trees of this many draft tokens.
@@ -198,7 +209,7 @@ def generate(
         criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
         kwargs["stopping_criteria"] = [*criteria, StopStringCriteria(tokenizer, stop_strings)]
         kwargs["stopping_criteria"] = StoppingCriteriaList(kwargs["stopping_criteria"])
-    decoder = SpeculativeDecoder(drafter, seed=seed, streamer=streamer)
+    decoder = SpeculativeDecoder(drafter, seed=seed, rule=rule, streamer=streamer)
     method: Any = model.generate  # a mixin that PreTrainedModel does not declare
     output: Tensor | GenerateDecoderOnlyOutput = method(inputs, custom_generate=decoder, **kwargs)
     return output

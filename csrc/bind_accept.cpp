@@ -1,0 +1,293 @@
+// Binds the CPU kernels that draw and accept tokens to the PyTorch dispatcher, with the value
+// checks of the references.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/acceptance.hpp"
+#include "core/philox.hpp"
+#include "cpu/error.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/verify.hpp"
+#include "shape_table.hpp"
+#include "tensor.hpp"
+
+namespace specdec {
+namespace {
+
+// The per-request arguments of a draw, contiguous; keeps the copies alive.
+struct SamplingTensors {
+  OptionalTensor seeds, positions, temperature, top_k, top_p, min_p, streams, coins;
+
+  SamplingTensors(const char* op, const OptionalTensor& seeds, const OptionalTensor& positions,
+                  const OptionalTensor& temperature, const OptionalTensor& top_k,
+                  const OptionalTensor& top_p, const OptionalTensor& min_p,
+                  const OptionalTensor& streams, const OptionalTensor& coins)
+      : seeds(packed(seeds)),
+        positions(packed(positions)),
+        temperature(packed(temperature)),
+        top_k(packed(top_k)),
+        top_p(packed(top_p)),
+        min_p(packed(min_p)),
+        streams(packed(streams)),
+        coins(packed(coins)) {
+    if (temperature && !coins && (!seeds || !positions)) {
+      fail("%s: seeds and positions must be given with temperature, got None", op);
+    }
+  }
+
+  SamplingParams params(const Tensor& logits, const OptionalTensor& bias,
+                        const OptionalTensor& mask, Domain domain) const {
+    const int64_t last = logits.dim() - 1;
+    return {
+        .logits = logits.const_data_ptr(),
+        .bias = data<float>(bias),
+        .mask = data<bool>(mask),
+        .seeds = data<int64_t>(seeds),
+        .positions = data<int64_t>(positions),
+        .temperature = data<float>(temperature),
+        .top_k = data<int32_t>(top_k),
+        .top_p = data<float>(top_p),
+        .min_p = data<float>(min_p),
+        .streams = data<int64_t>(streams),
+        .stride_logits_b = logits.stride(0),
+        .stride_logits_n = last == 2 ? logits.stride(1) : 0,
+        .stride_logits_v = logits.stride(last),
+        .stride_bias_b = bias ? bias->stride(0) : 0,
+        .stride_bias_v = bias ? bias->stride(1) : 0,
+        .stride_mask_b = mask ? mask->stride(0) : 0,
+        .stride_mask_v = mask ? mask->stride(1) : 0,
+        .batch = int32(logits.size(0)),
+        .vocab = int32(logits.size(last)),
+        .domain = static_cast<uint32_t>(domain),
+        .dtype = dtype_of(logits),
+    };
+  }
+};
+
+// Memory of an output that is written only on request: [0, 0] otherwise.
+Tensor on_request(bool is_wanted, int64_t rows, int64_t columns, ScalarType dtype) {
+  return is_wanted ? empty({rows, columns}, dtype) : empty({0, 0}, dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_cpu(const Tensor& logits, OptionalTensor seeds,
+                                              OptionalTensor positions, OptionalTensor temperature,
+                                              OptionalTensor top_k, OptionalTensor top_p,
+                                              OptionalTensor min_p, OptionalTensor bias,
+                                              OptionalTensor mask, OptionalTensor streams,
+                                              OptionalTensor coins, int64_t num_draws,
+                                              int64_t domain, bool return_probs) {
+  check_shapes("sample", {logits, seeds, positions, temperature, top_k, top_p, min_p, bias, mask,
+                          streams, coins});
+  const SamplingTensors sampling("sample", seeds, positions, temperature, top_k, top_p, min_p,
+                                 streams, coins);
+  if (num_draws < 1 || (coins && num_draws > 1)) {
+    fail("sample: num_draws must be >= 1, and 1 with coins, got %ld", num_draws);
+  }
+  const int64_t rows = logits.size(0);
+  Tensor tokens = empty({rows, num_draws}, ScalarType::Long);
+  Tensor status = empty({rows}, ScalarType::Int);
+  Tensor probs = on_request(return_probs, rows, logits.size(1), ScalarType::Float);
+  cpu_kernels().sample({
+      .sampling = sampling.params(logits, bias, mask, static_cast<Domain>(domain)),
+      .coins = data<double>(sampling.coins),
+      .tokens = mutable_data<int64_t>(tokens),
+      .status = mutable_data<int32_t>(status),
+      .probs = return_probs ? mutable_data<float>(probs) : nullptr,
+      .num_draws = int32(num_draws),
+  });
+  return {tokens, status, probs};
+}
+
+constexpr std::array<const char*, 6> kRules = {"walk",      "token",        "block",
+                                               "traversal", "gd_traversal", "typical"};
+
+Rule parse_rule(const std::string& name, bool is_lossy) {
+  const auto found = std::find(kRules.begin(), kRules.end(), name);
+  if (found == kRules.end()) {
+    fail(
+        "verify: rule must be one of walk, token, block, traversal, gd_traversal, typical, got "
+        "'%s'",
+        name.c_str());
+  }
+  if (name == "typical" && !is_lossy) {
+    fail("verify: rule 'typical' is lossy and must be asked for with lossy=True");
+  }
+  return static_cast<Rule>(found - kRules.begin());
+}
+
+// The drafted trees and the laws of their sampled nodes, contiguous where a kernel wants them so.
+struct DraftTensors {
+  const Tensor& parents;
+  Tensor num_nodes;
+  OptionalTensor kinds, rows, laws;
+  bool is_logits;
+  std::vector<int32_t> draft_ids;
+
+  DraftTensors(const Tensor& parents, const Tensor& num_nodes, const OptionalTensor& kinds,
+               const OptionalTensor& rows, const OptionalTensor& probs,
+               const OptionalTensor& logits, const OptionalTensor& offsets, int64_t vocab)
+      : parents(parents),
+        num_nodes(packed(num_nodes)),
+        kinds(packed(kinds)),
+        rows(packed(rows)),
+        laws(probs ? probs : logits),
+        is_logits(!probs) {
+    if (probs && logits) fail("verify: draft_probs or draft_logits must be given, got both");
+    if (laws.has_value() != rows.has_value()) {
+      fail("verify: draft_rows and a draft law must be given together, got one");
+    }
+    if (laws) map_ids(offsets, vocab);
+  }
+
+  // Fills `draft_ids` where the draft's ids are not the target's.
+  void map_ids(const OptionalTensor& offsets, int64_t vocab) {
+    const int64_t draft_vocab = laws->size(2);
+    bool fits = offsets || draft_vocab <= vocab;
+    if (offsets) draft_ids.assign(static_cast<size_t>(vocab), -1);
+    const OptionalTensor values = packed(offsets);
+    for (int64_t u = 0; offsets && u < draft_vocab && fits; ++u) {
+      const int64_t token = u + data<int64_t>(values)[u];
+      fits = token >= 0 && token < vocab && draft_ids[static_cast<size_t>(token)] < 0;
+      if (fits) draft_ids[static_cast<size_t>(token)] = static_cast<int32_t>(u);
+    }
+    if (!fits)
+      fail("verify: draft ids must map to distinct target ids in [0, V) = [0, %ld)", vocab);
+  }
+
+  int64_t parent(int64_t b, int64_t i) const {
+    return data<int32_t>(parents)[b * parents.stride(0) + i * parents.stride(1)];
+  }
+
+  int kind(int64_t b, int64_t i) const {
+    return kinds ? data<int8_t>(*kinds)[b * parents.size(1) + i] : 0;
+  }
+
+  void check(Rule rule) const {
+    if (!kinds && rule != Rule::kBlock) return;
+    for (int64_t b = 0; b < parents.size(0); ++b) {
+      const int64_t size = std::min<int64_t>(data<int32_t>(num_nodes)[b], parents.size(1));
+      for (int64_t i = 1; i < size; ++i) check_node(rule, b, i);
+      for (int64_t i = 1; i < size; ++i) {
+        if (kind(b, i) != kOneHot) check_law(b, parent(b, i));
+      }
+    }
+  }
+
+  void check_node(Rule rule, int64_t b, int64_t i) const {
+    const int value = kind(b, i);
+    const char* name = kRules[static_cast<size_t>(rule)];
+    if (value < kOneHot || value > kSampledWithoutReplacement) {
+      fail("verify: kinds[%ld, %ld] must be 0, 1 or 2, got %d", b, i, value);
+    }
+    if (value != kOneHot && (rule == Rule::kWalk || rule == Rule::kTypical)) {
+      fail("verify: rule '%s' tests one-hot drafts only, got kinds[%ld, %ld] = %d", name, b, i,
+           value);
+    }
+    if (rule == Rule::kBlock && parent(b, i) != i - 1) {
+      fail("verify: rule 'block' tests chains, got parents[%ld, %ld] = %ld", b, i, parent(b, i));
+    }
+    if (rule != Rule::kGdTraversal || value == kOneHot) return;
+    for (int64_t j = 1; j < i; ++j) {
+      if (parent(b, j) == parent(b, i)) {
+        fail(
+            "verify: rule 'gd_traversal' tests one sampled child, before the others, got "
+            "kinds[%ld, %ld] = %d",
+            b, i, value);
+      }
+    }
+  }
+
+  void check_law(int64_t b, int64_t node) const {
+    const char* rule =
+        "verify: draft_rows[%ld, %ld] must name the draft law of its sampled children, got %s";
+    if (!rows) fail(rule, b, node, "None");
+    const bool is_node = node >= 0 && node < parents.size(1);
+    const int64_t row = is_node ? data<int32_t>(*rows)[b * parents.size(1) + node] : -1;
+    if (row < 0 || row >= laws->size(1)) fail(rule, b, node, std::to_string(row).c_str());
+  }
+
+  DraftParams params() const {
+    DraftParams none;
+    none.kinds = data<int8_t>(kinds);
+    if (!laws) return none;
+    return {
+        .kinds = data<int8_t>(kinds),
+        .rows = data<int32_t>(rows),
+        .laws = data<float>(laws),
+        .draft_ids = draft_ids.empty() ? nullptr : draft_ids.data(),
+        .stride_laws_b = laws->stride(0),
+        .stride_laws_q = laws->stride(1),
+        .stride_laws_u = laws->stride(2),
+        .draft_vocab = int32(laws->size(2)),
+        .is_logits = is_logits,
+    };
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_cpu(
+    const Tensor& logits, const Tensor& tokens, const Tensor& parents, const Tensor& num_nodes,
+    OptionalTensor seeds, OptionalTensor positions, OptionalTensor temperature,
+    OptionalTensor top_k, OptionalTensor top_p, OptionalTensor min_p, OptionalTensor bias,
+    OptionalTensor mask, OptionalTensor kinds, OptionalTensor draft_rows,
+    OptionalTensor draft_probs, OptionalTensor draft_logits, OptionalTensor draft_offsets,
+    OptionalTensor coins, std::string rule_name, bool lossy, double typical_epsilon,
+    double typical_delta, bool return_logprobs, bool return_law) {
+  check_shapes("verify", {logits, tokens, parents, num_nodes, seeds, positions, temperature, top_k,
+                          top_p, min_p, bias, mask, kinds, draft_rows, draft_probs, draft_logits,
+                          draft_offsets, coins});
+  const Rule rule = parse_rule(rule_name, lossy);
+  const int64_t batch = logits.size(0), nodes = logits.size(1), vocab = logits.size(2);
+  const DraftTensors draft(parents, num_nodes, kinds, draft_rows, draft_probs, draft_logits,
+                           draft_offsets, vocab);
+  draft.check(rule);
+  const SamplingTensors sampling("verify", seeds, positions, temperature, top_k, top_p, min_p,
+                                 std::nullopt, coins);
+  Tensor path = empty({batch, nodes}, ScalarType::Int);
+  Tensor num_accepted = empty({batch}, ScalarType::Int);
+  Tensor next_tokens = empty({batch}, ScalarType::Long);
+  Tensor status = empty({batch}, ScalarType::Int);
+  Tensor logprobs = on_request(return_logprobs, batch, nodes, ScalarType::Float);
+  Tensor margins = on_request(return_logprobs, batch, nodes, ScalarType::Float);
+  Tensor thresholds = on_request(return_law, batch, nodes, ScalarType::Double);
+  Tensor next_law = on_request(return_law, batch, vocab, ScalarType::Double);
+  cpu_kernels().verify({
+      .sampling = sampling.params(logits, bias, mask, Domain::kTarget),
+      .draft = draft.params(),
+      .tokens = data<int64_t>(tokens),
+      .parents = data<int32_t>(parents),
+      .num_nodes = data<int32_t>(draft.num_nodes),
+      .coins = data<double>(sampling.coins),
+      .path = mutable_data<int32_t>(path),
+      .num_accepted = mutable_data<int32_t>(num_accepted),
+      .next_tokens = mutable_data<int64_t>(next_tokens),
+      .status = mutable_data<int32_t>(status),
+      .logprobs = return_logprobs ? mutable_data<float>(logprobs) : nullptr,
+      .margins = return_logprobs ? mutable_data<float>(margins) : nullptr,
+      .thresholds = return_law ? mutable_data<double>(thresholds) : nullptr,
+      .next_law = return_law ? mutable_data<double>(next_law) : nullptr,
+      .stride_tokens_b = tokens.stride(0),
+      .stride_tokens_n = tokens.stride(1),
+      .stride_parents_b = parents.stride(0),
+      .stride_parents_n = parents.stride(1),
+      .typical_epsilon = typical_epsilon,
+      .typical_delta = typical_delta,
+      .rule = rule,
+      .nodes = int32(nodes),
+  });
+  return {path, num_accepted, next_tokens, status, logprobs, margins, thresholds, next_law};
+}
+
+}  // namespace
+}  // namespace specdec
+
+STABLE_TORCH_LIBRARY_IMPL(specdec_kernels, CPU, library) {
+  library.impl("sample", TORCH_BOX(&specdec::sample_cpu));
+  library.impl("verify", TORCH_BOX(&specdec::verify_cpu));
+}
