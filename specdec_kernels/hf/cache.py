@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..ops import commit, write_kv
+
+CACHE_KEYWORDS = ("cache", "past_key_values")
+"""How transformers calls a model's cache: since 5.24, and before."""
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """The name of the cache among the arguments of the model."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_KEYWORDS if name in parameters), CACHE_KEYWORDS[-1])
 
 
 class TreeCache(Cache):

@@ -14,11 +14,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from .cache import CACHE_KEYWORDS
+
 _RECURRENT = ("linear", "mamba", "conv", "recurrent", "ssm", "rwkv")
 _HANDLED_INPUTS = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    *CACHE_KEYWORDS,
     "use_cache",
     "logits_to_keep",
 }
@@ -57,9 +59,10 @@ def check_request(
     unknown = [k for k, v in model_inputs.items() if v is not None and k not in _HANDLED_INPUTS]
     if unknown:
         raise ValueError(f"model inputs not supported with speculation: {', '.join(unknown)}")
-    cache = model_inputs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("past_key_values must be empty: continuing a cache is not supported")
+    for name in CACHE_KEYWORDS:
+        cache = model_inputs.get(name)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(f"{name} must be empty: continuing a cache is not supported")
 
 
 def sampling_options(processors: LogitsProcessorList, do_sample: bool) -> dict[str, float]:

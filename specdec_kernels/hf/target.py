@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..ops import tree_mask
 from ..tree import TokenTree
 from .attention import TreeCall, dropped_keyword
-from .cache import TreeCache
+from .cache import TreeCache, cache_keyword
 
 
 class HFTarget:
@@ -25,6 +25,7 @@ class HFTarget:
         self.vocab_size = int(embeddings.num_embeddings)
         config = model.config.get_text_config(decoder=True)
         self.cache = TreeCache(config.num_hidden_layers, capacity)
+        self._cache_argument = {cache_keyword(model): self.cache}
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Rows are packed to the left: a causal mask then hides the padding, and slots are
@@ -36,7 +37,7 @@ class HFTarget:
         out = self.model(
             input_ids=torch.tensor(padded, device=self.device),
             position_ids=torch.arange(width, device=self.device).expand(len(prompts), -1),
-            past_key_values=self.cache,
+            **self._cache_argument,
             use_cache=True,
             logits_to_keep=(lengths.long() - 1)[:, None],
         )
@@ -58,7 +59,7 @@ class HFTarget:
             input_ids=tree.tokens,
             attention_mask=no_mask,
             position_ids=(cache.lengths[:, None] + depths).long(),
-            past_key_values=cache,
+            **self._cache_argument,
             use_cache=True,
             specdec=call,
         )
