@@ -62,11 +62,17 @@ def publish(record: dict[str, Any], out: Path | None, table: Table) -> None:
     """Write the record and show its table; "-" leaves stdout to the record."""
     if out == STDOUT:
         print(json.dumps(record))
-        Console(stderr=True).print(table)
+        _wide_console(stderr=True).print(table)
         return
-    Console().print(table)
+    _wide_console(stderr=False).print(table)
     if out is not None:
         # renamed whole: a reader or an interruption never leaves half a record
         partial = out.with_name(out.name + ".partial")
         partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         partial.replace(out)
+
+
+def _wide_console(*, stderr: bool) -> Console:
+    """A terminal's own width; a file or a pipe has none, and gets enough for a whole row."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=160)

@@ -135,7 +135,8 @@ def sample(
     Returns:
         tokens [R, K] int64 in the order drawn, PAD where the law has no token left; status [R]
         int32: 0 ok; 1 no finite logit, and the first token is 0; probs [R, V] float32, the law that
-        the first token was drawn from (one-hot for a greedy row), or [0, 0].
+        the first token was drawn from (one-hot for a greedy row), or [0, 0]. A probability below
+        1e-45 is 0 there, though such a token may come as a later draw.
 
     Raises:
         ValueError: temperature without seeds and positions or coins, num_draws below 1, coins with

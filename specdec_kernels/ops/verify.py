@@ -16,6 +16,7 @@ from ..sampling import NO_FINITE_LOGIT, OK, draw, filtered_scores, keep_infinite
 from ..shapes import PAD
 from ..tree import DraftKind, random_trees
 from .sample import sampling_inputs
+from .verify_checks import Laws, check_drafts
 
 
 def _fake(
@@ -237,7 +238,7 @@ def verify(
     """
     laws = (draft_rows, draft_probs, draft_logits, draft_offsets)
     batch, nodes, vocab = logits.shape
-    _check(rule, lossy, parents, num_nodes, kinds, laws, vocab)
+    check_drafts(rule, lossy, parents, num_nodes, kinds, laws, vocab)
     if temperature is not None and coins is None and (seeds is None or positions is None):
         raise ValueError("verify: seeds and positions must be given with temperature, got None")
     filters = (temperature, top_k, top_p, min_p, bias, mask)
@@ -275,8 +276,6 @@ def verify(
 
 Filters = tuple[Tensor | None, ...]
 """temperature, top_k, top_p, min_p, bias, mask"""
-Laws = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""draft_rows, draft_probs, draft_logits, draft_offsets"""
 
 
 def _walk(
@@ -432,66 +431,3 @@ def _score(
         best = torch.nn.functional.pad(biased, (0, 1), value=-torch.inf).topk(2).values
         margins[:, depth] = torch.where(is_emitted, best[:, 0] - best[:, 1], torch.nan)
     return logprobs.float(), margins.float()
-
-
-def _check(
-    rule: str,
-    lossy: bool,
-    parents: Tensor,
-    num_nodes: Tensor,
-    kinds: Tensor | None,
-    laws: Laws,
-    vocab: int,
-) -> None:
-    """Refuse what the rule cannot test."""
-    draft_rows, probs, logits, offsets = laws
-    if rule not in RULES:
-        raise ValueError(f"verify: rule must be one of {', '.join(RULES)}, got '{rule}'")
-    if rule == "typical" and not lossy:
-        raise ValueError("verify: rule 'typical' is lossy and must be asked for with lossy=True")
-    law = logits if probs is None else probs
-    if probs is not None and logits is not None:
-        raise ValueError("verify: draft_probs or draft_logits must be given, got both")
-    if (law is None) != (draft_rows is None):
-        raise ValueError("verify: draft_rows and a draft law must be given together, got one")
-    if law is not None:
-        draft_ids = torch.arange(law.shape[2], device=law.device)
-        ids = (draft_ids if offsets is None else draft_ids + offsets).tolist()
-        if len(set(ids)) < len(ids) or not all(0 <= i < vocab for i in ids):
-            raise ValueError(
-                f"verify: draft ids must map to distinct target ids in [0, V) = [0, {vocab})"
-            )
-    for b, size in enumerate(num_nodes.clamp(0, parents.shape[1]).tolist()):
-        above = parents[b, :size].tolist()
-        kind = [0] * size if kinds is None else kinds[b, :size].tolist()
-        _check_kinds(rule, b, above, kind)
-        sampled = [above[i] for i in range(1, size) if kind[i] != DraftKind.ONEHOT]
-        rows = [] if draft_rows is None else draft_rows[b, :size].tolist()
-        for parent in sampled:
-            if draft_rows is None or law is None or not 0 <= rows[parent] < law.shape[1]:
-                raise ValueError(
-                    f"verify: draft_rows[{b}, {parent}] must name the draft law of its sampled "
-                    f"children, got {rows[parent] if rows else None}"
-                )
-
-
-def _check_kinds(rule: str, b: int, parents: list[int], kinds: list[int]) -> None:
-    first_child: dict[int, int] = {}
-    for i, (parent, kind) in enumerate(zip(parents, kinds, strict=True)):
-        if i == 0:
-            continue
-        if kind not in tuple(DraftKind):
-            raise ValueError(f"verify: kinds[{b}, {i}] must be 0, 1 or 2, got {kind}")
-        is_sampled = kind != DraftKind.ONEHOT
-        if is_sampled and rule in ("walk", "typical"):
-            raise ValueError(
-                f"verify: rule '{rule}' tests one-hot drafts only, got kinds[{b}, {i}] = {kind}"
-            )
-        if rule == "block" and parent != i - 1:
-            raise ValueError(f"verify: rule 'block' tests chains, got parents[{b}, {i}] = {parent}")
-        if rule == "gd_traversal" and is_sampled and first_child.get(parent, i) != i:
-            raise ValueError(
-                f"verify: rule 'gd_traversal' tests one sampled child, before the others, "
-                f"got kinds[{b}, {i}] = {kind}"
-            )
-        first_child.setdefault(parent, i)
