@@ -13,11 +13,13 @@ something failed.
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +31,15 @@ R = TypeVar("R")
 
 NAMESPACE = "specdec_kernels"
 OPS: dict[str, Op[Any, Any]] = {}
-BACKENDS: dict[str, str] = {"reference": "any", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+"""Triton kernels run in Triton's interpreter, on CPU tensors: for tests, not for speed."""
+
+BACKENDS: dict[str, str] = {
+    "reference": "any",
+    "cpu": "cpu",
+    "triton": "cpu" if INTERPRETS_TRITON else "cuda",
+    "cuda": "cuda",
+}
 """Backend name -> device type of the tensors it runs on ("any": all)."""
 
 NATIVE_LIBRARY = Path(__file__).with_name("_C.so")
@@ -74,13 +84,23 @@ class Op(Generic[P, R]):
             raise _as_value_error(self.name, error) from None
 
     def implement(self, backend: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Decorator: attach an implementation with the same signature as the reference."""
+        """Decorator: attach an implementation with the same signature as the reference.
+
+        What it returns checks shapes and the device first, as every entry point does: a Triton
+        launch on CPU tensors does nothing, silently.
+        """
 
         def attach(function: Callable[P, R]) -> Callable[P, R]:
-            self.backends[backend] = self._checked(function)
-            if backend in ("triton",) and not _has_kernel(self.name, "CUDA"):
-                _library.impl(self.name, self.backends[backend], "CUDA")
-            return function
+            checked = self._checked(function)
+
+            @functools.wraps(function)
+            def call(*args: P.args, **kwargs: P.kwargs) -> R:
+                self._check_device(backend, args, kwargs)
+                answer: R = checked(*args, **kwargs)
+                return answer
+
+            self.backends[backend] = call
+            return call
 
         return attach
 
@@ -88,27 +108,54 @@ class Op(Generic[P, R]):
         """Why `backend` cannot run this operator here; None if it can."""
         if backend not in BACKENDS:
             return f"unknown; known: {', '.join(BACKENDS)}"
-        if backend in self.backends:
-            needs_gpu = BACKENDS[backend] == "cuda" and not torch.cuda.is_available()
-            return "no CUDA device" if needs_gpu else None
-        if backend in ("cpu", "cuda") and not NATIVE_LIBRARY.exists():
-            return "native library not built"
-        return "not written yet"
+        if backend == "triton":
+            reason = _why_no_triton(self.name)
+        elif backend in self.backends:
+            reason = None
+        elif backend in ("cpu", "cuda") and not NATIVE_LIBRARY.exists():
+            reason = "native library not built"
+        else:
+            reason = "not written yet"
+        if reason is None and BACKENDS[backend] == "cuda" and not torch.cuda.is_available():
+            reason = "no CUDA device"
+        return reason
 
     def _explicit(
         self, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any]:
         reason = self.why_absent(backend)
-        device = _device_of((*args, *kwargs.values()))
-        if reason is None and device is not None and BACKENDS[backend] not in ("any", device):
-            reason = f"runs on {BACKENDS[backend]} tensors, got {device}"
         if reason is not None:
-            usable = [b for b in BACKENDS if self.why_absent(b) is None]
-            raise ValueError(
-                f"{self.name}: backend {backend!r} cannot run: {reason}; "
-                f"usable here: {', '.join(usable)}"
-            )
+            self._refuse(backend, reason)
+        self._check_device(backend, args, kwargs)
+        if backend == "triton":
+            return self._triton
         return self.backends[backend]
+
+    def _check_device(self, backend: str, args: Any, kwargs: Mapping[str, Any]) -> None:
+        device = _device_of((*args, *kwargs.values()))
+        if device is not None and BACKENDS[backend] not in ("any", device):
+            self._refuse(backend, f"runs on {BACKENDS[backend]} tensors, got {device}")
+
+    def _refuse(self, backend: str, reason: str) -> NoReturn:
+        usable = [b for b in BACKENDS if self.why_absent(b) is None]
+        raise ValueError(
+            f"{self.name}: backend {backend!r} cannot run: {reason}; "
+            f"usable here: {', '.join(usable)}"
+        )
+
+    @functools.cached_property
+    def _triton(self) -> Callable[..., Any]:
+        """The Triton implementation; its module, and Triton itself, are imported now."""
+        importlib.import_module(_triton_module(self.name))
+        return self.backends["triton"]
+
+    @functools.cached_property
+    def _without_cuda_kernel(self) -> Callable[..., Any]:
+        """What runs on CUDA tensors where the native library has no kernel for them."""
+        return self.backends["reference"] if self.why_absent("triton") else self._triton
+
+    def _on_cuda(self, *args: Any, **kwargs: Any) -> Any:
+        return self._without_cuda_kernel(*args, **kwargs)
 
     def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -129,7 +176,8 @@ class Op(Generic[P, R]):
                 _declare(self.name, ", ".join(map(str, self.shapes)))
                 self.backends[backend] = self._native
             else:
-                _library.impl(self.name, self.backends["reference"], key)
+                fallback = {"CPU": self.backends["reference"], "CUDA": self._on_cuda}
+                _library.impl(self.name, fallback[key], key)
 
     def _native(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -186,6 +234,16 @@ def _declare(name: str, table: str) -> None:
 
 def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def _triton_module(name: str) -> str:
+    return f"{__package__}.triton_kernels.{name}"
+
+
+def _why_no_triton(name: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton not installed"
+    return None if importlib.util.find_spec(_triton_module(name)) else "not written yet"
 
 
 def _device_of(values: tuple[Any, ...]) -> str | None:

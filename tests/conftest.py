@@ -4,15 +4,27 @@ silence.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # read when triton and specdec_kernels are imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from specdec_kernels.registry import INTERPRETS_TRITON
+
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+if INTERPRETS_TRITON and importlib.util.find_spec("triton") is not None:
+    import triton_checks
+
+    triton_checks.install()
 
 
 def make_tiny_model(**options: object) -> PreTrainedModel:
