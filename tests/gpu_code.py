@@ -1,0 +1,155 @@
+"""What a compiled GPU kernel is made of, read without a GPU: registers, spills, shared memory,
+occupancy, instructions.
+
+NVIDIA code is read with `cuobjdump` and `nvdisasm`, from PATH or from inside the triton package;
+AMD code from the assembler text.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+NVIDIA_GROUPS = {
+    "tensor": r"(HMMA|HGMMA|UTCHMMA|DMMA)",
+    "load": r"(LDG|LDGSTS|UTMALDG)",
+    "load128": r"(LDG\S*\.128|LDGSTS\S*\.128|UTMALDG)",
+    "store": r"STG",
+    "store128": r"STG\S*\.128",
+    "local": r"(LDL|STL)",
+    "fused": r"(FFMA|DFMA)",
+}
+"""What an instruction counts as, by the start of its name."""
+
+AMD_GROUPS = {
+    "tensor": r"v_mfma",
+    "load": r"(buffer|global|flat)_load",
+    "load128": r"(buffer|global|flat)_load_dwordx4",
+    "store": r"(buffer|global|flat)_store",
+    "store128": r"(buffer|global|flat)_store_dwordx4",
+    "local": r"scratch_",
+    "fused": r"v_(pk_)?fma",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """One compiled kernel.
+
+    Attributes:
+        registers: per thread (AMD: vector registers, accumulators included).
+        spills: bytes of stack per thread (AMD: spilled registers).
+        shared: bytes of shared memory per block, dynamic included.
+        occupancy: resident warps / most that a multiprocessor holds (0 on AMD: not modelled).
+        counts: instructions by group, and "all".
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    occupancy: float
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Multiprocessor:
+    """Limits of one multiprocessor, as NVIDIA's occupancy tables give them."""
+
+    shared: int
+    shared_per_block: int
+    warps: int = 64
+    blocks: int = 32
+    registers: int = 65536
+
+
+_MULTIPROCESSORS = {
+    80: _Multiprocessor(shared=167936, shared_per_block=166912),
+    90: _Multiprocessor(shared=233472, shared_per_block=232448),
+    100: _Multiprocessor(shared=233472, shared_per_block=232448),
+}
+_RESERVED_SHARED = 1024  # per block, by the system, since sm_80
+_REGISTER_UNIT, _SHARED_UNIT, _PARTITIONS = 256, 128, 4
+
+
+def occupancy(architecture: int, registers: int, shared: int, threads: int) -> float:
+    """Resident warps of blocks of this size, as a share of what a multiprocessor holds."""
+    limits = _MULTIPROCESSORS[architecture]
+    if shared > limits.shared_per_block:
+        return 0.0
+    warps = -(-threads // 32)
+    per_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+    by_registers = (limits.registers // _PARTITIONS // per_warp) * _PARTITIONS // warps
+    per_block = -(-(shared + _RESERVED_SHARED) // _SHARED_UNIT) * _SHARED_UNIT
+    blocks = min(limits.blocks, limits.warps // warps, by_registers, limits.shared // per_block)
+    return blocks * warps / limits.warps
+
+
+def read_cubin(path: Path, architecture: int, threads: int, dynamic_shared: int) -> Code:
+    """Inspect a cubin of one kernel."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", _run("cuobjdump", "-res-usage", path))
+    if usage is None:
+        raise ValueError(f"{path.name}: cuobjdump names no resources")
+    registers, stack, static = map(int, usage.groups())
+    if architecture >= 90:
+        static = max(0, static - _RESERVED_SHARED)  # counted by the tool from sm_90 on
+    opcodes = re.findall(
+        r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)",
+        _run("nvdisasm", "-c", "-hex", path),
+        re.MULTILINE,
+    )
+    shared = static + dynamic_shared
+    return Code(
+        registers,
+        stack,
+        shared,
+        occupancy(architecture, registers, shared, threads),
+        _count([o for o in opcodes if o != "NOP"], NVIDIA_GROUPS),
+    )
+
+
+def read_amdgcn(text: str, shared: int) -> Code:
+    """Inspect the assembler text of one kernel."""
+    fields = {
+        name: int(value)
+        for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|agpr_count):\s+(\d+)", text)
+    }
+    opcodes = re.findall(
+        r"^\s+([vs]_\w+|(?:buffer|global|flat|ds|scratch)_\w+)", text, re.MULTILINE
+    )
+    return Code(
+        fields["vgpr_count"],
+        fields["vgpr_spill_count"],
+        shared,
+        0.0,
+        _count(opcodes, AMD_GROUPS),
+    )
+
+
+def _count(opcodes: list[str], groups: dict[str, str]) -> dict[str, int]:
+    counts = Counter(dict.fromkeys(groups, 0))
+    for opcode in opcodes:
+        for group, pattern in groups.items():
+            counts[group] += re.match(pattern, opcode) is not None
+    return {**counts, "all": len(opcodes)}
+
+
+def _run(tool: str, *arguments: str | Path) -> str:
+    return subprocess.run(
+        [_tool(tool), *map(str, arguments)], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name)
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+        found = str(bundled) if bundled.exists() else found
+    if found is None:
+        raise FileNotFoundError(f"{name} is neither in the triton package nor on PATH")
+    return found
