@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -62,20 +63,19 @@ def smollm2():
     return load_model("smollm2", dtype=torch.float32)
 
 
-_REPORTS: list[str] = []
-
-
 @pytest.fixture
-def report():
+def report(record_property):
     """Add a line of measured facts to the end of the test run."""
-    return _REPORTS.append
+    return partial(record_property, "measured")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what tests reported, and every skip with its reason: nothing is skipped in silence."""
-    if _REPORTS:
+    done = [r for name in ("passed", "failed") for r in terminalreporter.stats.get(name, [])]
+    lines = [value for r in done for key, value in r.user_properties if key == "measured"]
+    if lines:
         terminalreporter.section("measured")
-        for line in _REPORTS:
+        for line in lines:
             terminalreporter.write_line(line)
     for skipped in terminalreporter.stats.get("skipped", []):
         terminalreporter.write_line(f"SKIPPED {skipped.nodeid}: {skipped.longrepr[-1]}", red=True)

@@ -46,7 +46,7 @@ CASES: dict[str, tuple[dict[str, Any], ...]] = {
     "tree_mask": ({"B": 2, "N": 64},),
     "write_kv": ({**_CACHE, "N": 16, "D": 128}, {**_CACHE, "N": 16, "D": 128, "page_size": 16}),
     "commit": (
-        {**_CACHE, "N": 16, "L": 4, "D": 128},
+        {**_CACHE, "N": 16, "L": 4, "D": 128, "F": 4096},
         {**_CACHE, "N": 16, "L": 4, "D": 128, "page_size": 16},
     ),
     "tree_attention": (
