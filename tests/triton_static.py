@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -213,6 +214,7 @@ def report(target: str, op: str) -> Iterator[dict[str, Any]]:
                     "target": target,
                     "is_aligned": is_aligned,
                     "warps": kernel.metadata.num_warps,
+                    "contracted": len(re.findall(r"fma\.rn\S*\.f32", kernel.asm.get("ptx", ""))),
                     **asdict(inspect(kernel)),
                 }
 
