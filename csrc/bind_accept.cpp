@@ -76,13 +76,12 @@ Tensor on_request(bool is_wanted, int64_t rows, int64_t columns, ScalarType dtyp
   return is_wanted ? empty({rows, columns}, dtype) : empty({0, 0}, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_cpu(const Tensor& logits, OptionalTensor seeds,
-                                              OptionalTensor positions, OptionalTensor temperature,
-                                              OptionalTensor top_k, OptionalTensor top_p,
-                                              OptionalTensor min_p, OptionalTensor bias,
-                                              OptionalTensor mask, OptionalTensor streams,
-                                              OptionalTensor coins, int64_t num_draws,
-                                              int64_t domain, bool return_probs) {
+std::tuple<Tensor, Tensor, Tensor> sample_cpu(
+    const Tensor& logits, const OptionalTensor& seeds, const OptionalTensor& positions,
+    const OptionalTensor& temperature, const OptionalTensor& top_k, const OptionalTensor& top_p,
+    const OptionalTensor& min_p, const OptionalTensor& bias, const OptionalTensor& mask,
+    const OptionalTensor& streams, const OptionalTensor& coins, int64_t num_draws, int64_t domain,
+    bool return_probs) {
   check_shapes("sample", {logits, seeds, positions, temperature, top_k, top_p, min_p, bias, mask,
                           streams, coins});
   const SamplingTensors sampling("sample", seeds, positions, temperature, top_k, top_p, min_p,
@@ -233,11 +232,12 @@ struct DraftTensors {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_cpu(
     const Tensor& logits, const Tensor& tokens, const Tensor& parents, const Tensor& num_nodes,
-    OptionalTensor seeds, OptionalTensor positions, OptionalTensor temperature,
-    OptionalTensor top_k, OptionalTensor top_p, OptionalTensor min_p, OptionalTensor bias,
-    OptionalTensor mask, OptionalTensor kinds, OptionalTensor draft_rows,
-    OptionalTensor draft_probs, OptionalTensor draft_logits, OptionalTensor draft_offsets,
-    OptionalTensor coins, std::string rule_name, bool lossy, double typical_epsilon,
+    const OptionalTensor& seeds, const OptionalTensor& positions, const OptionalTensor& temperature,
+    const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p,
+    const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& kinds,
+    const OptionalTensor& draft_rows, const OptionalTensor& draft_probs,
+    const OptionalTensor& draft_logits, const OptionalTensor& draft_offsets,
+    const OptionalTensor& coins, const std::string& rule_name, bool lossy, double typical_epsilon,
     double typical_delta, bool return_logprobs, bool return_law) {
   check_shapes("verify", {logits, tokens, parents, num_nodes, seeds, positions, temperature, top_k,
                           top_p, min_p, bias, mask, kinds, draft_rows, draft_probs, draft_logits,
