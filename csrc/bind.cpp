@@ -24,16 +24,16 @@
 namespace specdec {
 namespace {
 
-std::tuple<Tensor, Tensor> tree_mask_cpu(const Tensor& parents, const Tensor& num_nodes) {
+auto tree_mask_cpu(const Tensor& parents, const Tensor& num_nodes) {
   check_shapes("tree_mask", {parents, num_nodes});
   const int64_t batch = parents.size(0), nodes = parents.size(1), words = num_words(nodes);
-  Tensor ancestors = empty({batch, nodes, words}, ScalarType::Long);
-  Tensor depths = empty({batch, nodes}, ScalarType::Int);
+  Output ancestors({batch, nodes, words}, ScalarType::Long);
+  Output depths({batch, nodes}, ScalarType::Int);
   cpu_kernels().tree_mask({
       .parents = data<int32_t>(parents),
       .num_nodes = data<int32_t>(num_nodes),
-      .ancestors = mutable_data<int64_t>(ancestors),
-      .depths = mutable_data<int32_t>(depths),
+      .ancestors = ancestors.data<int64_t>(),
+      .depths = depths.data<int32_t>(),
       .stride_parents_b = parents.stride(0),
       .stride_parents_n = parents.stride(1),
       .stride_num_nodes = num_nodes.stride(0),
@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> tree_mask_cpu(const Tensor& parents, const Tensor& nu
       .nodes = int32(nodes),
       .words = int32(words),
   });
-  return {ancestors, depths};
+  return released(ancestors, depths);
 }
 
 void write_kv_cpu(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache,
@@ -109,18 +109,18 @@ Tensor commit_cpu(std::vector<Tensor> k_caches, std::vector<Tensor> v_caches, Te
   return hidden_out;
 }
 
-std::tuple<Tensor, Tensor> topk_logprobs_cpu(const Tensor& logits, int64_t k) {
+auto topk_logprobs_cpu(const Tensor& logits, int64_t k) {
   check_shapes("topk_logprobs", {logits});
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   if (k < 1 || k > vocab) {
     fail("topk_logprobs: k must be in [1, V] = [1, %ld], got %ld", vocab, k);
   }
-  Tensor logprobs = empty({rows, k}, ScalarType::Float);
-  Tensor tokens = empty({rows, k}, ScalarType::Long);
+  Output logprobs({rows, k}, ScalarType::Float);
+  Output tokens({rows, k}, ScalarType::Long);
   cpu_kernels().topk_logprobs({
       .logits = logits.const_data_ptr(),
-      .logprobs = mutable_data<float>(logprobs),
-      .tokens = mutable_data<int64_t>(tokens),
+      .logprobs = logprobs.data<float>(),
+      .tokens = tokens.data<int64_t>(),
       .stride_row = logits.stride(0),
       .stride_vocab = logits.stride(1),
       .rows = int32(rows),
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor> topk_logprobs_cpu(const Tensor& logits, int64_t k) {
       .k = int32(k),
       .dtype = dtype_of(logits),
   });
-  return {logprobs, tokens};
+  return released(logprobs, tokens);
 }
 
 // As Python prints a float.
