@@ -2,7 +2,8 @@
 transformers.
 """
 
-from .draft_model import DraftModel, EarlyExitModel
+from .draft_model import DraftModel
+from .early_exit import EarlyExitModel
 from .generate import SpeculativeDecoder, generate
 from .load import load_model
 

@@ -24,10 +24,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..decoding import DecodeStats, Listener, check_rule, decode
-from ..drafters import Drafter, ModelDrafter, PromptLookupDrafter, SampledTree, make_drafter
+from ..drafters import Drafter, PromptLookupDrafter, make_drafter
 from ..drafting import SamplingParams
 from .attention import tree_attention_in
-from .draft_model import DraftModel
+from .draft_model import assistant_drafter
 from .features import HFTargetView
 from .support import check_lengths, check_model, check_request, sampling_options
 from .target import HFTarget
@@ -230,26 +230,6 @@ def generate(
     method: Any = model.generate  # a mixin that PreTrainedModel does not declare
     output: Tensor | GenerateDecoderOnlyOutput = method(inputs, custom_generate=decoder, **kwargs)
     return output
-
-
-def assistant_drafter(
-    assistant: PreTrainedModel,
-    num_tokens: int | None = None,
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
-) -> ModelDrafter:
-    """The drafter that `assistant_model=` stands for: chains of `num_tokens` draft tokens.
-
-    Raises:
-        ValueError: fewer than one token, or another tokenizer.
-    """
-    if num_tokens is None:
-        config = getattr(assistant, "generation_config", None)
-        num_tokens = getattr(config, "num_assistant_tokens", None) or 5
-    if num_tokens < 1:
-        raise ValueError(f"num_assistant_tokens must be >= 1, got {num_tokens}")
-    return ModelDrafter(
-        DraftModel(assistant, tokenizers=tokenizers), SampledTree((1,) * num_tokens)
-    )
 
 
 def _attached(drafter: Drafter | None, target: HFTarget) -> AbstractContextManager[object]:
