@@ -89,7 +89,7 @@ def test_greedy_equals_generate(tiny_model, similar, rows, name: str, tree: str)
             **inputs, max_new_tokens=NEW, do_sample=False, custom_generate=decoder
         )
         assert _new_tokens(output, inputs) == [want[i] for i in chosen]
-        assert sum(decoder.stats.num_accepted) > 5 * len(chosen), "acceptance must be exercised"
+        assert sum(decoder.stats.num_accepted) > 2 * len(chosen), "acceptance must be exercised"
 
 
 @pytest.mark.parametrize("name", ["draft", "early exit"])
@@ -308,6 +308,14 @@ def test_the_law_handed_over_is_the_one_of_the_draft_model(tiny_model, similar, 
             law = logits.masked_fill(logits < floor, -torch.inf).softmax(-1)
             got = proposal.draft_probs[row, proposal.draft_rows[row, node]]
             torch.testing.assert_close(got, law, rtol=0, atol=1e-5)
+
+
+def test_a_drafter_says_what_it_is(similar) -> None:
+    """For the records of benches."""
+    named = {tree: str(ModelDrafter(EarlyExitModel(2), TREES[tree])) for tree in TREES}
+    assert named["top-k"] == "EarlyExitModel, top-3, depth 4, 14 nodes"
+    assert named["distinct"] == "EarlyExitModel, sampled 3-2-1"
+    assert named["greedy drafts"] == "EarlyExitModel, greedy drafts 3-2-1"
 
 
 def test_depth_and_length_limits_are_kept(tiny_model, similar, rows) -> None:

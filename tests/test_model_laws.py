@@ -1,4 +1,4 @@
-"""Sampled text of real networks, over five tokens: its joint law is the target's, whoever drafts."""
+"""Sampled text of real networks over five tokens: the joint law is the target's, whoever drafts."""
 
 from __future__ import annotations
 

@@ -61,6 +61,9 @@ class Drafter(ABC):
 
     max_nodes: int
 
+    def __str__(self) -> str:
+        return type(self).__name__
+
     def attach(self, target: object) -> AbstractContextManager[object]:
         """Entered around a call of `decode`, for drafters that look into the target; `target` is a
         `network.TargetView`.

@@ -52,6 +52,9 @@ class ModelDrafter(Drafter):
         if network.uses_target_slots:
             self.max_nodes = max(self.max_nodes, self.tree.num_slots + 1)
 
+    def __str__(self) -> str:
+        return f"{type(self.network).__name__}, {self.tree}"
+
     def attach(self, target: object) -> AbstractContextManager[object]:
         """See `Drafter`; the target is a `TargetView`."""
         view: TargetView = target  # type: ignore[assignment]
@@ -110,6 +113,10 @@ class SampledTree(TreePlan):
         levels = list(accumulate(self.widths, mul))
         self.max_nodes = 1 + sum(levels)
         self.num_slots = sum(levels[:-1])  # the last level is drawn, not computed
+
+    def __str__(self) -> str:
+        siblings = "greedy drafts" if self.greedy_drafts else "sampled"
+        return f"{siblings} {'-'.join(map(str, self.widths))}"
 
     def draft(self, network: DraftNetwork, context: DraftContext) -> Proposal:
         """See `TreePlan`."""
@@ -182,6 +189,9 @@ class TopKTree(TreePlan):
         self.depth = depth
         self.width = width
         self.num_slots = width * (depth - 1)
+
+    def __str__(self) -> str:
+        return f"top-{self.width}, depth {self.depth}, {self.max_nodes} nodes"
 
     def draft(self, network: DraftNetwork, context: DraftContext) -> Proposal:
         """See `TreePlan`."""
