@@ -235,6 +235,10 @@ def _set(key: str, value: object) -> Callable[[dict, dict], None]:
     return lambda config, tensors: config.update({key: value})
 
 
+def _add(key: str) -> Callable[[dict, dict], None]:
+    return lambda config, tensors: tensors.update({key: torch.zeros(64)})
+
+
 def _repeat_id(config: dict, tensors: dict) -> None:
     tensors["d2t"][1] = tensors["d2t"][0] - 1
 
@@ -266,6 +270,11 @@ def _repeat_id(config: dict, tensors: dict) -> None:
          r"must have the tensor midlayer.hidden_norm.weight \[64\]"),
         ("eagle-3", _set("draft_vocab_size", 41),
          r"lm_head.weight must be \[41, 64\], found \[40, 64\]"),
+        ("medusa", _add("0.2.bias"), r"medusa_lm_head.pt: must have no tensor 0.2.bias, found"),
+        ("speculator", _add("speculator.forget_ln.0.weight"), r"no tensor speculator.forget_ln"),
+        ("eagle-1", _add("layers.0.input_layernorm.weight"),
+         r"pytorch_model.bin: must have no tensor layers.0.input_layernorm.weight, found \[64\]"),
+        ("eagle-3", _add("midlayer.mlp.up_proj.bias"), r"no tensor midlayer.mlp.up_proj.bias"),
         ("eagle-3", _repeat_id, r"d2t must map draft ids to distinct target ids in \[0, 101\)"),
     ],
 )  # fmt: skip

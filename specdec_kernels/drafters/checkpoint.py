@@ -39,6 +39,7 @@ class Checkpoint:
                 self._tensors[key] = tensor
                 self._files[key] = path
         self._prefix = ""
+        self._taken: set[str] = set()
 
     def strip(self, prefixes: Sequence[str]) -> None:
         """Leave the first of these prefixes that a key has out of all names from now on."""
@@ -69,7 +70,21 @@ class Checkpoint:
             raise ValueError(
                 f"{self._files[key]}: {key} must be {list(shape)}, found {list(tensor.shape)}"
             )
+        self._taken.add(key)
         return tensor
+
+    def refuse_others(self, name: str = "", *, ignore: tuple[str, ...] = ()) -> None:
+        """Raise ValueError for a tensor whose name starts like this and that nobody took, unless
+        one of `ignore` follows: the formula would be another one with it.
+        """
+        start = self._prefix + name
+        ignored = tuple(start + after for after in ignore)
+        for key in sorted(self._tensors):
+            if key.startswith(start) and key not in self._taken and not key.startswith(ignored):
+                raise ValueError(
+                    f"{self._files[key]}: must have no tensor {key}, found "
+                    f"{list(self._tensors[key].shape)}, which these heads have no use for"
+                )
 
     def shape(self, name: str, dims: int) -> list[int]:
         """The shape of a tensor with so many dimensions, for sizes that no config tells."""

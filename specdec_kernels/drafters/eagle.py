@@ -246,6 +246,7 @@ class Eagle1Head(EagleHead):
         self.weights["fc.weight"] = checkpoint.take("fc.weight", [size, 2 * size])
         if "fc.bias" in checkpoint:
             self.weights["fc.bias"] = checkpoint.take("fc.bias", [size])
+        checkpoint.refuse_others("layers.", ignore=("0.self_attn.rotary_emb.",))
 
     def watched(self, num_layers: int) -> Sequence[int]:
         """See `EagleHead`."""
@@ -295,6 +296,7 @@ class Eagle3Head(EagleHead):
             "lm_head.weight": [draft_vocab, size],
         }
         self.weights |= {name: checkpoint.take(name, shape) for name, shape in shapes.items()}
+        checkpoint.refuse_others("midlayer.", ignore=("self_attn.rotary_emb.",))
         if "d2t" in checkpoint or draft_vocab != self.vocab_size:
             self.offsets = checkpoint.take("d2t", [draft_vocab]).long()
             self._check_offsets(self.offsets)

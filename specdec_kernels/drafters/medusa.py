@@ -60,6 +60,7 @@ class MedusaHeads(DraftNetwork):
             )
             shape = [self.vocab_size, self.hidden_size]
             self._heads.append(checkpoint.take(f"{i}.{num_blocks}.weight", shape))
+        checkpoint.refuse_others()
         self.max_depth = count
 
     def head(self, i: int, hidden: Tensor) -> Tensor:

@@ -73,6 +73,8 @@ class MLPSpeculator(DraftNetwork):
                     shape = [inner, self.hidden_size]
                 heads[name.replace(".{}", "")] = checkpoint.take(name.format(stored), shape)
             self._weights.append(heads)
+        tied = tuple(name.split("{")[0] for name in shapes) if is_tied else ()
+        checkpoint.refuse_others(ignore=tied)
         state_weight = 0.5 ** (0.5 / count)
         self._emb_scale = math.sqrt((1 - state_weight**2) * inner / 2) / state_weight
 
