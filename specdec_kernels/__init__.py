@@ -6,7 +6,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .drafters import DraftContext, Drafter, OracleDrafter, PromptLookupDrafter, RowDrafter
+from .drafters import (
+    DraftContext,
+    Drafter,
+    DraftNetwork,
+    ModelDrafter,
+    OracleDrafter,
+    PromptLookupDrafter,
+    RowDrafter,
+    SampledTree,
+    TopKTree,
+    load_heads,
+)
 from .drafting import ProposalBuilder, SamplingParams
 from .forest import DraftNode
 from .ops import (
@@ -29,20 +40,25 @@ __version__ = "0.1.0"
 __all__ = [
     "DraftContext",
     "DraftKind",
+    "DraftNetwork",
     "DraftNode",
     "Drafter",
+    "ModelDrafter",
     "OracleDrafter",
     "PromptLookupDrafter",
     "Proposal",
     "ProposalBuilder",
     "RowDrafter",
+    "SampledTree",
     "SamplingParams",
     "SpeculativeDecoder",
     "TokenTree",
+    "TopKTree",
     "available",
     "build_tree",
     "commit",
     "generate",
+    "load_heads",
     "sample",
     "topk_logprobs",
     "tree_attention",

@@ -13,10 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from .drafter_options import (
+    Depth,
+    DrafterOptions,
+    DraftModelName,
+    DraftTemperature,
+    ExitLayer,
+    HeadsFolder,
+    Siblings,
+    Tree,
+    Width,
+)
 from .output import check_out, progress_bar, publish, status
 
 if TYPE_CHECKING:
-    from .drafters import Drafter
     from .hf.text import TextModel
 
 app = typer.Typer(
@@ -29,7 +39,13 @@ app.add_typer(bench_app, name="bench")
 
 Model = Annotated[str, typer.Option(help='"smollm2", a folder, or an id on the HuggingFace hub.')]
 Dtype = Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Type of the weights.")]
-DrafterName = Annotated[str, typer.Option("--drafter", help='Who drafts; "none" decodes plainly.')]
+DrafterName = Annotated[
+    str,
+    typer.Option(
+        "--drafter",
+        help='Who drafts: prompt_lookup, draft, early-exit, heads; "none" decodes plainly.',
+    ),
+]
 MaxNodes = Annotated[
     int | None, typer.Option(min=1, help="Most nodes of a draft tree, root included.")
 ]
@@ -87,6 +103,14 @@ def generate(
     chat: Annotated[str | None, typer.Option(help="A message, put in the chat template.")] = None,
     drafter_name: DrafterName = "prompt_lookup",
     max_nodes: MaxNodes = None,
+    draft_model: DraftModelName = None,
+    exit_layer: ExitLayer = None,
+    heads: HeadsFolder = None,
+    tree: Tree = "top-k",
+    depth: Depth = None,
+    width: Width = None,
+    siblings: Siblings = "distinct",
+    draft_temperature: DraftTemperature = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 is off.")] = 0,
@@ -103,7 +127,19 @@ def generate(
         raise typer.BadParameter("give either --prompt or --chat")
     if temperature == 0 and (top_k or top_p < 1):
         raise typer.BadParameter("--top-k and --top-p need --temperature above 0")
-    drafter = _drafter(drafter_name, max_nodes)
+    options = DrafterOptions(
+        drafter_name,
+        max_nodes,
+        draft_model,
+        exit_layer,
+        heads,
+        tree,
+        depth,
+        width,
+        siblings,
+        draft_temperature,
+    )
+    options.check()
     subject = _load(model, dtype, threads)
     ids = subject.encode(text, is_chat=prompt is None, max_new_tokens=max_new_tokens)
 
@@ -114,7 +150,7 @@ def generate(
     trial = Trial(
         subject,
         ids,
-        drafter,
+        options.make(subject),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -152,6 +188,14 @@ def e2e(
     modes: Annotated[str, typer.Option(help="Comma-separated.")] = "generate,prompt_lookup,specdec",
     drafter_name: DrafterName = "prompt_lookup",
     max_nodes: MaxNodes = None,
+    draft_model: DraftModelName = None,
+    exit_layer: ExitLayer = None,
+    heads: HeadsFolder = None,
+    tree: Tree = "top-k",
+    depth: Depth = None,
+    width: Width = None,
+    siblings: Siblings = "distinct",
+    draft_temperature: DraftTemperature = None,
     max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "bf16",
     threads: Threads = None,
@@ -159,7 +203,19 @@ def e2e(
 ) -> None:
     """Time greedy generation prompt by prompt: plain, HuggingFace's prompt lookup, and specdec."""
     check_out(out)
-    drafter = _drafter(drafter_name, max_nodes)
+    options = DrafterOptions(
+        drafter_name,
+        max_nodes,
+        draft_model,
+        exit_layer,
+        heads,
+        tree,
+        depth,
+        width,
+        siblings,
+        draft_temperature,
+    )
+    options.check()
 
     from .bench.e2e import check_modes, read_prompts, run_e2e, select_prompts
     from .tables import e2e_table
@@ -170,6 +226,7 @@ def e2e(
         read_prompts(prompts), categories=categories or (), limit=limit_per_category
     )
     subject = _load(model, dtype, threads)
+    drafter = options.make(subject)
     with progress_bar("measuring", len(chosen) * len(chosen_modes)) as step:
         record = run_e2e(
             subject,
@@ -252,17 +309,6 @@ def _root(
 def _fail(message: str, code: int) -> int:
     typer.echo(f"specdec: {' '.join(message.split())}", err=True)
     return code
-
-
-def _drafter(name: str, max_nodes: int | None) -> Drafter | None:
-    from .drafters import make_drafter
-
-    if max_nodes is None:
-        return make_drafter(name)
-    drafter = make_drafter(name, max_nodes=max_nodes)
-    if drafter is None:
-        raise typer.BadParameter(f"--max-nodes needs a drafter, got --drafter {name}")
-    return drafter
 
 
 def _load(model: str, dtype: str, threads: int | None) -> TextModel:

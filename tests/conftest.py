@@ -28,14 +28,14 @@ if INTERPRETS_TRITON and importlib.util.find_spec("triton") is not None:
     triton_checks.install()
 
 
-def make_tiny_model(**options: object) -> PreTrainedModel:
+def make_tiny_model(num_layers: int = 3, **options: object) -> PreTrainedModel:
     """A random Llama whose greedy text does not repeat itself."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=101,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,

@@ -127,7 +127,7 @@ def run_e2e(
     settings = {
         "model": subject.name,
         "dtype": subject.dtype,
-        "drafter": None if drafter is None else type(drafter).__name__,
+        "drafter": None if drafter is None else str(drafter),
         "max_nodes": 1 if drafter is None else drafter.max_nodes,
         "max_new_tokens": max_new_tokens,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,15 @@ class Drafter(ABC):
     """
 
     max_nodes: int
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    def attach(self, target: object) -> AbstractContextManager[object]:
+        """Entered around a call of `decode`, for drafters that look into the target; `target` is a
+        `network.TargetView`.
+        """
+        return nullcontext()
 
     def begin(self, batch: int) -> None:  # noqa: B027 - drafters without state have nothing to reset
         """A new batch of `batch` rows starts: forget the rows of the last one."""

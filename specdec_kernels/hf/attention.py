@@ -12,6 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ..drafters.growth import spread
 from ..ops import tree_attention
 
 NAME = "specdec_tree"
@@ -20,7 +21,11 @@ NAME = "specdec_tree"
 
 @dataclass(slots=True)
 class TreeCall:
-    """The tree of one forward pass, handed to every attention layer as the keyword `specdec`."""
+    """The tree of one forward pass, handed to every attention layer as the keyword `specdec`.
+
+    A pass may compute some of its nodes only; `sources` and `places` then are those of
+    `drafters.growth.Block`.
+    """
 
     ancestors: Tensor
     depths: Tensor
@@ -28,6 +33,8 @@ class TreeCall:
     num_nodes: Tensor
     num_layers: int = 0
     """Layers that read it; 0 after a forward pass means that the model dropped the keyword."""
+    sources: Tensor | None = None
+    places: Tensor | None = None
 
 
 def dropped_keyword(name: str) -> str:
@@ -101,6 +108,8 @@ def _attend(
             **kwargs,
         )
     specdec.num_layers += 1
+    if specdec.sources is not None:
+        query = spread(query, specdec.sources)
     out, _ = tree_attention(
         query,
         key,
@@ -114,6 +123,8 @@ def _attend(
         softcap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.float(),
     )
+    if specdec.places is not None:
+        out = spread(out, specdec.places)
     return out.transpose(1, 2), None
 
 

@@ -27,17 +27,19 @@ class TreeCache(Cache):
 
     While `num_nodes` is None the cache is prefilling: new tokens go to slots 0.. of every row,
     right padding included. After `start`, each forward writes node i of row b to slot `lengths[b] +
-    i`.
+    i`, or `starts[b] + i` where that is given.
 
     Attributes:
         lengths: [B] int32, committed slots of each row.
         num_nodes: [B] int32 of the tree being scored, or None.
+        starts: [B] int32, or None.
     """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         self.capacity = capacity
         self.lengths: Tensor | None = None
         self.num_nodes: Tensor | None = None
+        self.starts: Tensor | None = None
         self.tree_layers = [TreeCacheLayer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self.tree_layers))
 
@@ -94,7 +96,8 @@ class TreeCacheLayer(CacheLayerMixin):
             self.keys[:, :, :new] = key_states
             self.values[:, :, :new] = value_states
             return key_states, value_states
-        write_kv(key_states, value_states, self.keys, self.values, cache.lengths, cache.num_nodes)
+        starts = cache.lengths if cache.starts is None else cache.starts
+        write_kv(key_states, value_states, self.keys, self.values, starts, cache.num_nodes)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from ..decoding import DecodeStats, Listener, check_rule, decode
 from ..drafters import Drafter, PromptLookupDrafter, make_drafter
 from ..drafting import SamplingParams
 from .attention import tree_attention_in
+from .draft_model import assistant_drafter
+from .features import HFTargetView
 from .support import check_lengths, check_model, check_request, sampling_options
 from .target import HFTarget
 
@@ -127,7 +130,7 @@ class SpeculativeDecoder:
         sampling = self._sampling(options, len(prompts), config.num_return_sequences or 1, target)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        with tree_attention_in(model):
+        with tree_attention_in(model), _attached(self.drafter, target):
             sequences, self.stats = decode(
                 target,
                 self.drafter,
@@ -177,6 +180,9 @@ def generate(
     stop_strings: str | list[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompt_lookup_num_tokens: int | None = None,
+    assistant_model: PreTrainedModel | None = None,
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None,
+    num_assistant_tokens: int | None = None,
     **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """`model.generate` with speculation, and with the arguments that it keeps from custom loops.
@@ -186,23 +192,34 @@ def generate(
         inputs: [B, P] int64 prompt tokens, left-padded; or pass `input_ids=`.
         drafter, seed, rule, streamer: as in `SpeculativeDecoder`.
         stop_strings: end a row when it contains one of them; needs `tokenizer`.
-        tokenizer: only for `stop_strings`.
+        tokenizer: for `stop_strings`, and to compare with `assistant_tokenizer`.
         prompt_lookup_num_tokens: draft by prompt lookup with trees of this many draft tokens.
+        assistant_model: draft with this model, chains that are sampled where the target samples.
+        assistant_tokenizer: its tokenizer, which must be the target's.
+        num_assistant_tokens: draft tokens of a chain; None takes the number that the assistant's
+            generation config has, else 5.
         **kwargs: everything else that `model.generate` takes.
 
     Returns:
         as `SpeculativeDecoder.__call__`.
 
     Raises:
-        ValueError: as `SpeculativeDecoder.__call__`; stop_strings without tokenizer; an
-            `assistant_model`.
+        ValueError: as `SpeculativeDecoder.__call__`; stop_strings without tokenizer; an assistant
+            with another vocabulary.
     """
-    if kwargs.get("assistant_model") is not None:
-        raise ValueError("assistant_model is not supported yet; pass a drafter")
     if kwargs.get("custom_generate") is not None:
         raise ValueError("custom_generate cannot be combined with specdec_kernels.generate")
     if prompt_lookup_num_tokens is not None:
         drafter = PromptLookupDrafter(prompt_lookup_num_tokens + 1)
+    if assistant_model is not None:
+        if prompt_lookup_num_tokens is not None:
+            raise ValueError("give either assistant_model or prompt_lookup_num_tokens")
+        tokenizers = None
+        if tokenizer is not None and assistant_tokenizer is not None:
+            tokenizers = (tokenizer, assistant_tokenizer)
+        drafter = assistant_drafter(assistant_model, num_assistant_tokens, tokenizers)
+    elif num_assistant_tokens is not None or assistant_tokenizer is not None:
+        raise ValueError("num_assistant_tokens and assistant_tokenizer need an assistant_model")
     if stop_strings is not None:
         if tokenizer is None:
             raise ValueError("stop_strings needs the tokenizer: pass tokenizer=")
@@ -213,6 +230,10 @@ def generate(
     method: Any = model.generate  # a mixin that PreTrainedModel does not declare
     output: Tensor | GenerateDecoderOnlyOutput = method(inputs, custom_generate=decoder, **kwargs)
     return output
+
+
+def _attached(drafter: Drafter | None, target: HFTarget) -> AbstractContextManager[object]:
+    return nullcontext() if drafter is None else drafter.attach(HFTargetView(target))
 
 
 class _StopRule:

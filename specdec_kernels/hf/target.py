@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,22 @@ from .attention import TreeCall, dropped_keyword
 from .cache import TreeCache, cache_keyword
 
 
+class Watcher(Protocol):
+    """Who wants to know which computed tokens are kept."""
+
+    def prefilled(self, lengths: Sequence[int]) -> None:
+        """All prompt tokens are, in rows packed to the left."""
+
+    def committed(self, path: Tensor, num_kept: Tensor) -> None:
+        """These nodes of the last tree are; see `HFTarget.commit`."""
+
+
 class HFTarget:
-    """The model with a cache of `capacity` slots per row; see `decoding.Target`."""
+    """The model with a cache of `capacity` slots per row; see `decoding.Target`.
+
+    Attributes:
+        watchers: told what is kept.
+    """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         self.model = model
@@ -26,6 +40,7 @@ class HFTarget:
         config = model.config.get_text_config(decoder=True)
         self.cache = TreeCache(config.num_hidden_layers, capacity)
         self._cache_argument = {cache_keyword(model): self.cache}
+        self.watchers: list[Watcher] = []
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Rows are packed to the left: a causal mask then hides the padding, and slots are
@@ -42,6 +57,8 @@ class HFTarget:
             logits_to_keep=(lengths.long() - 1)[:, None],
         )
         self.cache.start(lengths)
+        for watcher in self.watchers:
+            watcher.prefilled([len(p) for p in prompts])
         logits: Tensor = out.logits
         return logits[:, 0]
 
@@ -71,3 +88,5 @@ class HFTarget:
     def commit(self, path: Tensor, num_kept: Tensor) -> None:
         """See `decoding.Target.commit`."""
         self.cache.commit(path, num_kept)
+        for watcher in self.watchers:
+            watcher.committed(path, num_kept)
