@@ -6,7 +6,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .drafters import DraftContext, Drafter, OracleDrafter, PromptLookupDrafter, RowDrafter
+from .drafters import (
+    DraftContext,
+    Drafter,
+    OracleDrafter,
+    PromptLookupDrafter,
+    RowDrafter,
+    Verified,
+)
 from .drafting import ProposalBuilder, SamplingParams
 from .forest import DraftNode
 from .ops import (
@@ -39,6 +46,7 @@ __all__ = [
     "SamplingParams",
     "SpeculativeDecoder",
     "TokenTree",
+    "Verified",
     "available",
     "build_tree",
     "commit",

@@ -1,6 +1,6 @@
 """Drafters: who guesses the continuations."""
 
-from .base import DraftContext, Drafter, RowDrafter
+from .base import DraftContext, Drafter, RowDrafter, Verified
 from .oracle import OracleDrafter
 from .prompt_lookup import PromptLookupDrafter
 
@@ -30,5 +30,6 @@ __all__ = [
     "OracleDrafter",
     "PromptLookupDrafter",
     "RowDrafter",
+    "Verified",
     "make_drafter",
 ]

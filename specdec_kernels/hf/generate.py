@@ -22,9 +22,10 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..decoding import DecodeStats, Listener, check_rule, decode
+from ..decoding import Listener, check_rule, decode
 from ..drafters import Drafter, PromptLookupDrafter, make_drafter
 from ..drafting import SamplingParams
+from ..statistics import DecodeStats
 from .attention import tree_attention_in
 from .support import check_lengths, check_model, check_request, sampling_options
 from .target import HFTarget
