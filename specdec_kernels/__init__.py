@@ -6,12 +6,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .budget import Budget, CostCurve
 from .drafters import (
+    AutoDrafter,
     DraftContext,
     Drafter,
     OracleDrafter,
     PromptLookupDrafter,
     RowDrafter,
+    SuccessorTable,
+    TokenRecyclingDrafter,
     Verified,
 )
 from .drafting import ProposalBuilder, SamplingParams
@@ -27,6 +31,8 @@ from .ops import (
     write_kv,
 )
 from .registry import available
+from .static_tree import best_static_tree
+from .statistics import Acceptance, DecodeStats, TotalStats
 from .tree import DraftKind, Proposal, TokenTree
 
 if TYPE_CHECKING:
@@ -34,6 +40,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Acceptance",
+    "AutoDrafter",
+    "Budget",
+    "CostCurve",
+    "DecodeStats",
     "DraftContext",
     "DraftKind",
     "DraftNode",
@@ -45,9 +56,13 @@ __all__ = [
     "RowDrafter",
     "SamplingParams",
     "SpeculativeDecoder",
+    "SuccessorTable",
+    "TokenRecyclingDrafter",
     "TokenTree",
+    "TotalStats",
     "Verified",
     "available",
+    "best_static_tree",
     "build_tree",
     "commit",
     "generate",

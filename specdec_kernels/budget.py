@@ -63,10 +63,11 @@ tokens are cheaper, trees stay smaller than they could be.
 class Budget:
     """Chooses the number of nodes of each step, and rests when drafts do not pay.
 
-    Decisions use the cost curve, times measured so far, and draft probabilities and acceptance of
-    the past: never a token that was drawn for this step, so that sampled drafts stay lossless. With
-    sampled drafts the wall clock then decides which draws are made, and a seed no longer fixes the
-    text.
+    A drafter that estimates probabilities asks `choose`; trees of others are kept whole or, while
+    they do not pay, left out. Decisions use the cost curve, times measured so far, and draft
+    probabilities and acceptance of the past: never a token that was drawn for this step, so that
+    sampled drafts stay lossless. With sampled drafts the wall clock then decides which draws are
+    made, and a seed no longer fixes the text.
 
     Args:
         cost: T(n) of the target; its unit does not matter.
@@ -81,9 +82,12 @@ class Budget:
         self._idle = 0  # steps in a row that were not worth a draft
         self._rest = 0  # steps still to rest
         self._next_rest = 1
+        self._has_chosen = False
+        self._gain = 1.0  # running mean of accepted draft tokens per row, of trees not chosen here
 
     def rests(self) -> bool:
         """Whether this step should not even draft; asked once per step."""
+        self._has_chosen = False
         if self._rest > 0:
             self._rest -= 1
             return True
@@ -96,7 +100,8 @@ class Budget:
             scores: for each running row, the probability of acceptance of its draft nodes, sorted
                 so that every prefix is a tree. Rows are padded to the longest, so all get one size.
         """
-        batch = len(scores)
+        self._has_chosen = True
+        batch = max(1, len(scores))
         tokens = float(batch)
         plain = best = tokens / self.cost(batch)
         plain *= 1 + _MARGIN
@@ -113,23 +118,35 @@ class Budget:
         return size
 
     def record(
-        self, *, num_tokens: int, num_accepted: int, forward_seconds: float, draft_seconds: float
+        self,
+        *,
+        batch: int,
+        nodes: int,
+        num_accepted: int,
+        forward_seconds: float,
+        draft_seconds: float,
     ) -> None:
         """What the step did.
 
         Args:
-            num_tokens: scored by the forward pass, padding included.
+            batch, nodes: of the trees, padding included.
             num_accepted: draft tokens kept, of all rows.
-            forward_seconds, draft_seconds: wall time; of a step that rested, leave out.
+            forward_seconds, draft_seconds: wall time; 0 of a step without drafting.
         """
-        self._accepted += num_accepted
-        self._trust = min(1.25, max(0.1, (self._accepted + 0.2) / (self._promised + 0.2)))
-        unit = forward_seconds / self.cost(max(1, num_tokens))
+        cost = self.cost(max(1, batch * nodes))
+        unit = forward_seconds / cost
         # the least of a slowly growing bound: other processes only ever make a pass longer
         self._unit = unit if self._unit is None else min(unit, self._unit * 1.05)
         if draft_seconds > 0 and self._unit > 0:
-            seconds = min(draft_seconds / self._unit, self.cost(1))
-            self._draft_cost = _MEMORY * self._draft_cost + (1 - _MEMORY) * seconds
+            spent = min(draft_seconds / self._unit, self.cost(1))
+            self._draft_cost = _MEMORY * self._draft_cost + (1 - _MEMORY) * spent
+        if self._has_chosen:
+            self._accepted += num_accepted
+            self._trust = min(1.25, max(0.1, (self._accepted + 0.2) / (self._promised + 0.2)))
+        elif nodes > 1:
+            self._gain = _MEMORY * self._gain + (1 - _MEMORY) * num_accepted / batch
+            rate = (1.0 + self._gain) / (cost + self._draft_cost)
+            self._note_idle(rate < (1.0 + _MARGIN) / self.cost(batch))
 
     def _note_idle(self, is_idle: bool) -> None:
         if not is_idle:

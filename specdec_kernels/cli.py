@@ -85,7 +85,7 @@ def generate(
     model: Model = "smollm2",
     prompt: Annotated[str | None, typer.Option(help="A raw text to continue.")] = None,
     chat: Annotated[str | None, typer.Option(help="A message, put in the chat template.")] = None,
-    drafter_name: DrafterName = "prompt_lookup",
+    drafter_name: DrafterName = "auto",
     max_nodes: MaxNodes = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
@@ -137,6 +137,31 @@ def generate(
         typer.echo(line, err=True)
 
 
+@app.command()
+def tune(
+    model: Model = "smollm2",
+    repeats: Annotated[int, typer.Option(min=1, help="Passes timed of each size.")] = 15,
+    dtype: Dtype = "bf16",
+    threads: Threads = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Add the costs to this file, not to the cache folder's.")
+    ] = None,
+) -> None:
+    """Measure what a forward pass over n tokens costs here; draft trees are then sized by it."""
+    check_out(output)
+    subject = _load(model, dtype, threads)
+
+    from .budget import save_cost
+    from .hf.cost import cost_key, measure_cost
+    from .tables import cost_table
+
+    with progress_bar("measuring", repeats + 1) as step:
+        curve = measure_cost(subject.model, repeats=repeats, progress=step)
+    path = save_cost(cost_key(subject.model), curve, output)
+    Console(highlight=False).print(cost_table(curve.nodes, curve.seconds))
+    typer.echo(f"written to {path}", err=True)
+
+
 @bench_app.command()
 def e2e(
     model: Model = "smollm2",
@@ -150,7 +175,7 @@ def e2e(
         int | None, typer.Option(min=1, help="At most this many prompts of each, evenly spread.")
     ] = None,
     modes: Annotated[str, typer.Option(help="Comma-separated.")] = "generate,prompt_lookup,specdec",
-    drafter_name: DrafterName = "prompt_lookup",
+    drafter_name: DrafterName = "auto",
     max_nodes: MaxNodes = None,
     max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "bf16",

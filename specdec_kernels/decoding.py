@@ -136,7 +136,7 @@ def decode(
         paths = [p[:k] for p, k in zip(path.tolist(), kept, strict=True)]
         proposer.observe(Verified(tree, logits, paths, rows.sequences))
         num_new = sum(stats.num_accepted) - before
-        proposer.record(tree.tokens.numel(), num_new, forwarded - drafted)
+        proposer.record(proposal, num_new, forwarded - drafted)
 
     proposer.end(rows.sequences, [len(p) for p in prompts])
     stats.total_seconds = time.perf_counter() - start

@@ -61,11 +61,13 @@ class Proposer:
             drafter = self._drafter
             self._guard(lambda: drafter.observe(verified))
 
-    def record(self, num_tokens: int, num_accepted: int, forward_seconds: float) -> None:
+    def record(self, proposal: Proposal, num_accepted: int, forward_seconds: float) -> None:
         """Tell the budget what the step did and cost."""
         if self._budget is not None and self._drafter is not None:
+            batch, nodes = proposal.tree.tokens.shape
             self._budget.record(
-                num_tokens=num_tokens,
+                batch=batch,
+                nodes=nodes,
                 num_accepted=num_accepted,
                 forward_seconds=forward_seconds,
                 draft_seconds=self._seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Column, Table
@@ -74,6 +75,14 @@ def ops_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def cost_table(nodes: Sequence[int], seconds: Sequence[float]) -> Table:
+    """Time of a forward pass by its number of tokens."""
+    table = Table(*_numbers("tokens", "ms", "against 1"))
+    for size, time in zip(nodes, seconds, strict=True):
+        table.add_row(str(size), f"{time * 1e3:.2f}", f"{time / seconds[0]:.2f}x")
+    return table
+
+
 def rules_table(rows: list[dict[str, Any]]) -> Table:
     """One section per draft law, one row per way to draw and test siblings."""
     numbers = _numbers("accepted", "against the first")
@@ -101,7 +110,12 @@ def generation_lines(report: dict[str, Any], dtype: str) -> list[str]:
         f"{stats['tokens_per_step']:.2f} tokens per step, "
         f"{stats['num_accepted']} of {stats['num_drafted']} draft tokens accepted",
         f"{stats['tok_s']:.1f} tok/s with speculation",
+        f"{stats['draft_seconds']:.2f} s drafting, {stats['forward_seconds']:.2f} s in the model, "
+        f"{stats['verify_seconds']:.2f} s verifying; accepted by depth: "
+        + (" ".join(f"{share:.0%}" for share in stats["acceptance_by_depth"][:8]) or "none tested"),
     ]
+    if stats["num_failures"]:
+        lines.append(f"the drafter failed {stats['num_failures']} times: {stats['failures'][0]}")
     if compare is not None:
         lines[1] += f", {compare['tok_s']:.1f} without: {compare['speedup']:.2f}x"
         lines.append(_agreement_line(compare["divergence"], dtype))

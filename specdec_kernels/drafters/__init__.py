@@ -1,10 +1,19 @@
 """Drafters: who guesses the continuations."""
 
+from collections.abc import Callable
+from functools import partial
+
+from .auto import AutoDrafter
 from .base import DraftContext, Drafter, RowDrafter, Verified
+from .memory import SuccessorTable
 from .oracle import OracleDrafter
 from .prompt_lookup import PromptLookupDrafter
+from .recycling import TokenRecyclingDrafter
 
-DRAFTERS: dict[str, type[Drafter] | None] = {
+DRAFTERS: dict[str, Callable[..., Drafter] | None] = {
+    "auto": AutoDrafter,
+    "suffix": partial(AutoDrafter, sources=("text", "history")),
+    "token_recycling": TokenRecyclingDrafter,
     "prompt_lookup": PromptLookupDrafter,
     "none": None,
 }
@@ -19,17 +28,20 @@ def make_drafter(name: str, **options: object) -> Drafter | None:
     """
     if name not in DRAFTERS:
         raise ValueError(f"drafter must be one of {', '.join(DRAFTERS)}, got {name!r}")
-    kind = DRAFTERS[name]
-    return None if kind is None else kind(**options)
+    make = DRAFTERS[name]
+    return None if make is None else make(**options)
 
 
 __all__ = [
     "DRAFTERS",
+    "AutoDrafter",
     "DraftContext",
     "Drafter",
     "OracleDrafter",
     "PromptLookupDrafter",
     "RowDrafter",
+    "SuccessorTable",
+    "TokenRecyclingDrafter",
     "Verified",
     "make_drafter",
 ]

@@ -80,9 +80,12 @@ class Drafter(ABC):
 
     Attributes:
         max_nodes: most nodes of a tree, the root included.
+        wants_budget: whether decoders give it a `Budget` unless told otherwise: not where drafts
+            are sampled, as the wall clock would then decide which draws are made.
     """
 
     max_nodes: int
+    wants_budget: bool = False
 
     def begin(self, batch: int) -> None:  # noqa: B027 - drafters without state have nothing to reset
         """A new batch of `batch` rows starts: forget the rows of the last one."""
