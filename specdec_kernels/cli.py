@@ -33,6 +33,9 @@ DrafterName = Annotated[str, typer.Option("--drafter", help='Who drafts; "none" 
 MaxNodes = Annotated[
     int | None, typer.Option(min=1, help="Most nodes of a draft tree, root included.")
 ]
+HasBudget = Annotated[
+    bool, typer.Option("--budget/--no-budget", help="Size trees by cost, or fill them all.")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
 JsonOut = Annotated[
@@ -87,6 +90,7 @@ def generate(
     chat: Annotated[str | None, typer.Option(help="A message, put in the chat template.")] = None,
     drafter_name: DrafterName = "auto",
     max_nodes: MaxNodes = None,
+    budget: HasBudget = True,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 is off.")] = 0,
@@ -120,6 +124,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        budget=None if budget else False,
     )
     with status("warming up"):
         trial.warm_up(compare=compare)
@@ -177,6 +182,7 @@ def e2e(
     modes: Annotated[str, typer.Option(help="Comma-separated.")] = "generate,prompt_lookup,specdec",
     drafter_name: DrafterName = "auto",
     max_nodes: MaxNodes = None,
+    budget: HasBudget = True,
     max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "bf16",
     threads: Threads = None,
@@ -201,6 +207,7 @@ def e2e(
             chosen,
             modes=chosen_modes,
             drafter=drafter,
+            budget=None if budget else False,
             max_new_tokens=max_new_tokens,
             progress=lambda prompt, mode: step(f"{prompt.category} {prompt.question_id} {mode}"),
         )

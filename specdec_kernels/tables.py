@@ -35,7 +35,7 @@ def facts_table(facts: dict[str, Any]) -> Table:
 def e2e_table(record: dict[str, Any]) -> Table:
     """One section per category, one row per mode; below, how close the texts that part were."""
     summary = record["summary"]
-    numbers = _numbers("tok/s", "speedup", "tokens/step", "agreement")
+    numbers = _numbers("tok/s", "speedup", "tokens/step", "mean", "agreement")
     table = Table("category", "mode", *numbers, caption=_partings(record["prompts"]))
     categories = list(next(iter(summary.values())))
     for category in (*(c for c in categories if c != "all"), "all"):
@@ -47,6 +47,7 @@ def e2e_table(record: dict[str, Any]) -> Table:
                 f"{row['tok_s']:.1f}",
                 f"{row['speedup']:.2f}x",
                 f"{row['tokens_per_step']:.2f}",
+                f"{row['mean_tokens_per_step']:.2f}",
                 f"{row['agreement']:.0%}",
             )
         table.add_section()
