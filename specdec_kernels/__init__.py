@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .budget import Budget, CostCurve
 from .drafters import (
+    AutoDrafter,
     DraftContext,
     Drafter,
     DraftNetwork,
@@ -15,7 +17,10 @@ from .drafters import (
     PromptLookupDrafter,
     RowDrafter,
     SampledTree,
+    SuccessorTable,
+    TokenRecyclingDrafter,
     TopKTree,
+    Verified,
     load_heads,
 )
 from .drafting import ProposalBuilder, SamplingParams
@@ -31,6 +36,8 @@ from .ops import (
     write_kv,
 )
 from .registry import available
+from .static_tree import best_static_tree
+from .statistics import Acceptance, DecodeStats, TotalStats
 from .tree import DraftKind, Proposal, TokenTree
 
 if TYPE_CHECKING:
@@ -38,6 +45,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Acceptance",
+    "AutoDrafter",
+    "Budget",
+    "CostCurve",
+    "DecodeStats",
     "DraftContext",
     "DraftKind",
     "DraftNetwork",
@@ -52,9 +64,14 @@ __all__ = [
     "SampledTree",
     "SamplingParams",
     "SpeculativeDecoder",
+    "SuccessorTable",
+    "TokenRecyclingDrafter",
     "TokenTree",
     "TopKTree",
+    "TotalStats",
+    "Verified",
     "available",
+    "best_static_tree",
     "build_tree",
     "commit",
     "generate",

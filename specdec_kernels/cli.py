@@ -43,11 +43,15 @@ DrafterName = Annotated[
     str,
     typer.Option(
         "--drafter",
-        help='Who drafts: prompt_lookup, draft, early-exit, heads; "none" decodes plainly.',
+        help="Who drafts: auto, suffix, token_recycling, prompt_lookup, draft, early-exit, heads; "
+        '"none" decodes plainly.',
     ),
 ]
 MaxNodes = Annotated[
     int | None, typer.Option(min=1, help="Most nodes of a draft tree, root included.")
+]
+HasBudget = Annotated[
+    bool, typer.Option("--budget/--no-budget", help="Size trees by cost, or fill them all.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
@@ -101,7 +105,7 @@ def generate(
     model: Model = "smollm2",
     prompt: Annotated[str | None, typer.Option(help="A raw text to continue.")] = None,
     chat: Annotated[str | None, typer.Option(help="A message, put in the chat template.")] = None,
-    drafter_name: DrafterName = "prompt_lookup",
+    drafter_name: DrafterName = "auto",
     max_nodes: MaxNodes = None,
     draft_model: DraftModelName = None,
     exit_layer: ExitLayer = None,
@@ -111,6 +115,7 @@ def generate(
     width: Width = None,
     siblings: Siblings = "distinct",
     draft_temperature: DraftTemperature = None,
+    budget: HasBudget = True,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 is off.")] = 0,
@@ -156,6 +161,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        budget=None if budget else False,
     )
     with status("warming up"):
         trial.warm_up(compare=compare)
@@ -173,6 +179,31 @@ def generate(
         typer.echo(line, err=True)
 
 
+@app.command()
+def tune(
+    model: Model = "smollm2",
+    repeats: Annotated[int, typer.Option(min=1, help="Passes timed of each size.")] = 15,
+    dtype: Dtype = "bf16",
+    threads: Threads = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Add the costs to this file, not to the cache folder's.")
+    ] = None,
+) -> None:
+    """Measure what a forward pass over n tokens costs here; draft trees are then sized by it."""
+    check_out(output)
+    subject = _load(model, dtype, threads)
+
+    from .budget import save_cost
+    from .hf.cost import cost_key, measure_cost
+    from .tables import cost_table
+
+    with progress_bar("measuring", repeats + 1) as step:
+        curve = measure_cost(subject.model, repeats=repeats, progress=step)
+    path = save_cost(cost_key(subject.model), curve, output)
+    Console(highlight=False).print(cost_table(curve.nodes, curve.seconds))
+    typer.echo(f"written to {path}", err=True)
+
+
 @bench_app.command()
 def e2e(
     model: Model = "smollm2",
@@ -186,7 +217,7 @@ def e2e(
         int | None, typer.Option(min=1, help="At most this many prompts of each, evenly spread.")
     ] = None,
     modes: Annotated[str, typer.Option(help="Comma-separated.")] = "generate,prompt_lookup,specdec",
-    drafter_name: DrafterName = "prompt_lookup",
+    drafter_name: DrafterName = "auto",
     max_nodes: MaxNodes = None,
     draft_model: DraftModelName = None,
     exit_layer: ExitLayer = None,
@@ -196,6 +227,7 @@ def e2e(
     width: Width = None,
     siblings: Siblings = "distinct",
     draft_temperature: DraftTemperature = None,
+    budget: HasBudget = True,
     max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "bf16",
     threads: Threads = None,
@@ -233,6 +265,7 @@ def e2e(
             chosen,
             modes=chosen_modes,
             drafter=drafter,
+            budget=None if budget else False,
             max_new_tokens=max_new_tokens,
             progress=lambda prompt, mode: step(f"{prompt.category} {prompt.question_id} {mode}"),
         )

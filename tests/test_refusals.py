@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -27,6 +28,7 @@ from specdec_kernels import (
     Proposal,
     RowDrafter,
     SpeculativeDecoder,
+    Verified,
 )
 
 VOCAB = 101
@@ -176,29 +178,71 @@ class _WrongParents(Drafter):
         return proposal
 
 
-@pytest.mark.parametrize(
-    ("drafter", "message"),
-    [
-        (
-            _Fixed([VOCAB], [0]),
-            r"_Fixed: row 0: tokens\[1\] must be in \[0, V\) = \[0, 101\), got 101",
-        ),
-        (_Fixed([-1], [0]), r"_Fixed: row 0: tokens\[1\] must be in \[0, V\) = \[0, 101\), got -1"),
-        (_Fixed([5, 6], [0, 2]), r"_Fixed: tree: row 0: parents\[2\] must be in \[0, 2\), got 2"),
-        (_Fixed([5, 6], [0]), r"_Fixed: tree: row 0 must have one parent per token, got 3 tokens"),
-        (
-            _Fixed([5] * 8, [0] * 8),
-            r"_Fixed: tree.tokens must be \[B, N\] .* max_nodes = 8, got \[2, 9\]",
-        ),
-        (_WrongRoot(), r"_WrongRoot: row 0: node 0 must be the last committed token"),
-        (_WrongParents(), r"tree_mask: parents\[0, 1\] must be in \[0, 1\), got 2"),
-    ],
-)
-def test_a_drafter_that_proposes_no_tree(tiny_model, drafter: Drafter, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        _generate(tiny_model, custom_generate=SpeculativeDecoder(drafter))
-    assert tiny_model.config._attn_implementation == "sdpa"
-    _generate(tiny_model)  # and the model still works
+class _Raises(Drafter):
+    """Breaks down in each of its methods."""
+
+    max_nodes = 4
+
+    def begin(self, batch: int) -> None:
+        raise RuntimeError("no begin")
+
+    def propose(self, context: DraftContext) -> Proposal:
+        raise KeyError("lost")
+
+    def observe(self, verified: Verified) -> None:
+        raise ZeroDivisionError("of course")
+
+    def end(self, sequences, num_prompt) -> None:
+        raise OSError("disk")
+
+
+class _Nothing(Drafter):
+    max_nodes = 4
+
+    def propose(self, context: DraftContext) -> Proposal:
+        return None
+
+
+FAILING = [
+    (_Fixed([VOCAB], [0]), r"row 0: tokens\[1\] must be in \[0, V\) = \[0, 101\), got 101"),
+    (_Fixed([-1], [0]), r"row 0: tokens\[1\] must be in \[0, V\) = \[0, 101\), got -1"),
+    (_Fixed([5, 6], [0, 2]), r"tree: row 0: parents\[2\] must be in \[0, 2\), got 2"),
+    (_Fixed([5, 6], [0]), r"tree: row 0 must have one parent per token, got 3 tokens"),
+    (_Fixed([5] * 8, [0] * 8), r"tree.tokens must be \[B, N\] .* max_nodes = 8, got \[2, 9\]"),
+    (_WrongRoot(), r"row 0: node 0 must be the last committed token"),
+    (_WrongParents(), r"row 0: parents\[1\] must be in \[0, 1\), got 2"),
+    (_Nothing(), r"TypeError: propose must return a Proposal, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("drafter", "message"), FAILING)
+def test_a_drafter_that_proposes_no_tree_is_reported_and_decoded_without(
+    tiny_model, drafter: Drafter, message: str
+) -> None:
+    decoder = SpeculativeDecoder(drafter)
+    name = type(drafter).__name__
+    with pytest.warns(RuntimeWarning, match=rf"{name} failed at step 1, .* plainly: .*{message}"):
+        output = _generate(tiny_model, custom_generate=decoder)
+    assert output.tolist() == tiny_model.generate(**INPUTS, max_new_tokens=6).tolist()
+    failure = decoder.stats.failures[0]
+    assert (failure.step, failure.drafter) == (1, name) and re.search(message, failure.error)
+    assert decoder.stats.num_failures == max(decoder.stats.num_steps) == 5
+    assert sum(decoder.stats.num_drafted) == 0
+
+
+def test_a_drafter_that_raises_everywhere_is_reported_and_decoded_without(tiny_model) -> None:
+    decoder = SpeculativeDecoder(_Raises())
+    with pytest.warns(RuntimeWarning, match="_Raises failed at step 0, .* RuntimeError: no begin"):
+        output = _generate(tiny_model, custom_generate=decoder)
+    assert output.tolist() == tiny_model.generate(**INPUTS, max_new_tokens=6).tolist()
+    errors = [failure.error for failure in decoder.stats.failures]
+    assert errors[:4] == [
+        "RuntimeError: no begin",
+        "ZeroDivisionError: of course",
+        "KeyError: 'lost'",
+        "ZeroDivisionError: of course",
+    ]
+    assert errors[-1] == "OSError: disk"
 
 
 @pytest.mark.parametrize("make", [PromptLookupDrafter, lambda n: OracleDrafter([], 9, max_nodes=n)])
@@ -210,5 +254,5 @@ def test_a_tree_needs_room_for_its_root(make) -> None:
 def test_arguments_of_generate_that_cannot_be_combined(tiny_model) -> None:
     with pytest.raises(ValueError, match="stop_strings needs the tokenizer"):
         specdec_kernels.generate(tiny_model, **INPUTS, max_new_tokens=4, stop_strings=["a"])
-    with pytest.raises(ValueError, match=r"one of prompt_lookup, none, .* got 'fast'"):
+    with pytest.raises(ValueError, match=r"drafter must be one of auto, .*, none, .* got 'fast'"):
         specdec_kernels.generate(tiny_model, **INPUTS, max_new_tokens=4, drafter="fast")

@@ -1,13 +1,22 @@
 """Drafters: who guesses the continuations."""
 
-from .base import DraftContext, Drafter, RowDrafter
+from collections.abc import Callable
+from functools import partial
+
+from .auto import AutoDrafter
+from .base import DraftContext, Drafter, RowDrafter, Verified
 from .heads import load_heads
+from .memory import SuccessorTable
 from .model import ModelDrafter, SampledTree, TopKTree
 from .network import DraftNetwork
 from .oracle import OracleDrafter
 from .prompt_lookup import PromptLookupDrafter
+from .recycling import TokenRecyclingDrafter
 
-DRAFTERS: dict[str, type[Drafter] | None] = {
+DRAFTERS: dict[str, Callable[..., Drafter] | None] = {
+    "auto": AutoDrafter,
+    "suffix": partial(AutoDrafter, sources=("text", "history")),
+    "token_recycling": TokenRecyclingDrafter,
     "prompt_lookup": PromptLookupDrafter,
     "none": None,
 }
@@ -27,13 +36,14 @@ def make_drafter(name: str, **options: object) -> Drafter | None:
     if name not in DRAFTERS:
         known = ", ".join([*DRAFTERS, *MODEL_DRAFTERS])
         raise ValueError(f"drafter must be one of {known}, got {name!r}")
-    kind = DRAFTERS[name]
-    return None if kind is None else kind(**options)
+    make = DRAFTERS[name]
+    return None if make is None else make(**options)
 
 
 __all__ = [
     "DRAFTERS",
     "MODEL_DRAFTERS",
+    "AutoDrafter",
     "DraftContext",
     "DraftNetwork",
     "Drafter",
@@ -42,7 +52,10 @@ __all__ = [
     "PromptLookupDrafter",
     "RowDrafter",
     "SampledTree",
+    "SuccessorTable",
+    "TokenRecyclingDrafter",
     "TopKTree",
+    "Verified",
     "load_heads",
     "make_drafter",
 ]

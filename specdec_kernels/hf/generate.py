@@ -23,10 +23,13 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..decoding import DecodeStats, Listener, check_rule, decode
+from ..budget import CONSERVATIVE, Budget, load_cost
+from ..decoding import Listener, check_rule, decode
 from ..drafters import Drafter, PromptLookupDrafter, make_drafter
 from ..drafting import SamplingParams
+from ..statistics import DecodeStats, TotalStats
 from .attention import tree_attention_in
+from .cost import cost_key
 from .draft_model import assistant_drafter
 from .features import HFTargetView
 from .support import check_lengths, check_model, check_request, sampling_options
@@ -41,7 +44,7 @@ class SpeculativeDecoder:
     on the drafter or the other rows.
 
     Args:
-        drafter: a `Drafter`, the name of one ("prompt_lookup", "none"), or None for plain decoding.
+        drafter: a `Drafter`, the name of one (see `drafters.DRAFTERS`), or None for plain decoding.
         seed: of sampled output; one int for all rows or one per row. None draws one from torch's
             global generator. With `num_return_sequences`, the i-th sequence of a prompt uses `seed
             + i`.
@@ -50,9 +53,13 @@ class SpeculativeDecoder:
         streamer: receives tokens as they are committed, and is ended. It belongs here: `generate`
             keeps the streamer that it is given from custom loops.
         listener: called with (row, new tokens, how many of them were accepted draft tokens).
+        budget: sizes trees by cost and acceptance, and decodes plainly where drafts do not pay.
+            None gives one, with the costs that `specdec tune` measured for the model if it did, to
+            drafters that want it ("auto"); True to any drafter, False to none.
 
     Attributes:
         stats: `DecodeStats` of the last call.
+        totals: `TotalStats` of all calls.
 
     Raises:
         ValueError: an unknown drafter or rule, a lossy rule.
@@ -60,12 +67,13 @@ class SpeculativeDecoder:
 
     def __init__(
         self,
-        drafter: Drafter | str | None = "prompt_lookup",
+        drafter: Drafter | str | None = "auto",
         *,
         seed: int | Sequence[int] | None = None,
         rule: str | None = None,
         streamer: BaseStreamer | None = None,
         listener: Listener | None = None,
+        budget: Budget | bool | None = None,
     ) -> None:
         self.drafter = make_drafter(drafter) if isinstance(drafter, str) else drafter
         check_rule(rule)
@@ -73,7 +81,10 @@ class SpeculativeDecoder:
         self.rule = rule
         self.streamer = streamer
         self.listener = listener
+        self.budget = budget
         self.stats: DecodeStats | None = None
+        self.totals = TotalStats()
+        self._budgets: dict[str, Budget] = {}  # by model
 
     def __call__(
         self,
@@ -140,7 +151,9 @@ class SpeculativeDecoder:
                 sampling=sampling,
                 rule=self.rule,
                 listener=self._listen,
+                budget=self._budget_of(model),
             )
+        self.totals.add(self.stats)
         new = [torch.tensor(s[len(p) :]) for s, p in zip(sequences, prompts, strict=True)]
         pad = config.pad_token_id if config.pad_token_id is not None else stop.default_pad
         generated = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=pad)
@@ -148,6 +161,19 @@ class SpeculativeDecoder:
         if config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=output)  # type: ignore[arg-type]
         return output
+
+    def _budget_of(self, model: PreTrainedModel) -> Budget | None:
+        if self.drafter is None:
+            return None
+        if isinstance(self.budget, Budget):
+            return self.budget
+        wants = self.drafter.wants_budget if self.budget is None else self.budget
+        if not wants:
+            return None
+        key = cost_key(model)
+        if key not in self._budgets:
+            self._budgets = {key: Budget(load_cost(key) or CONSERVATIVE)}
+        return self._budgets[key]
 
     def _listen(self, row: int, tokens: list[int], num_accepted: int) -> None:
         if self.streamer is not None:
@@ -173,7 +199,7 @@ def generate(
     model: PreTrainedModel,
     inputs: Tensor | None = None,
     *,
-    drafter: Drafter | str | None = "prompt_lookup",
+    drafter: Drafter | str | None = "auto",
     seed: int | Sequence[int] | None = None,
     rule: str | None = None,
     streamer: BaseStreamer | None = None,
@@ -183,6 +209,7 @@ def generate(
     assistant_model: PreTrainedModel | None = None,
     assistant_tokenizer: PreTrainedTokenizerBase | None = None,
     num_assistant_tokens: int | None = None,
+    budget: Budget | bool | None = None,
     **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """`model.generate` with speculation, and with the arguments that it keeps from custom loops.
@@ -190,7 +217,7 @@ def generate(
     Args:
         model: any causal language model of transformers.
         inputs: [B, P] int64 prompt tokens, left-padded; or pass `input_ids=`.
-        drafter, seed, rule, streamer: as in `SpeculativeDecoder`.
+        drafter, seed, rule, streamer, budget: as in `SpeculativeDecoder`.
         stop_strings: end a row when it contains one of them; needs `tokenizer`.
         tokenizer: for `stop_strings`, and to compare with `assistant_tokenizer`.
         prompt_lookup_num_tokens: draft by prompt lookup with trees of this many draft tokens.
@@ -226,7 +253,7 @@ def generate(
         criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
         kwargs["stopping_criteria"] = [*criteria, StopStringCriteria(tokenizer, stop_strings)]
         kwargs["stopping_criteria"] = StoppingCriteriaList(kwargs["stopping_criteria"])
-    decoder = SpeculativeDecoder(drafter, seed=seed, rule=rule, streamer=streamer)
+    decoder = SpeculativeDecoder(drafter, seed=seed, rule=rule, streamer=streamer, budget=budget)
     method: Any = model.generate  # a mixin that PreTrainedModel does not declare
     output: Tensor | GenerateDecoderOnlyOutput = method(inputs, custom_generate=decoder, **kwargs)
     return output
