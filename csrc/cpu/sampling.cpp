@@ -79,7 +79,9 @@ Float maxima_of(const T* logits) {
   if constexpr (kNum == 1) {
     return lanes_of(logits, kBlock);
   } else {
-    const Float left = maxima_of<kNum / 2>(logits);  // first: memory is read in its order
+    const Float left = maxima_of<kNum / 2>(logits);
+    // memory is read in its order, or the hardware fetches less ahead
+    asm volatile("" ::: "memory");
     return larger_of_pairs(left, maxima_of<kNum / 2>(logits + kNum / 2 * kBlock));
   }
 }

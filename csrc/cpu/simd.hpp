@@ -88,7 +88,16 @@ inline Float multiply_add(Float a, Float b, Float c) {
 #endif
 }
 
-inline Float larger(Float a, Float b) { return b > a ? b : a; }
+// b > a ? b : a; so `a` where one is NaN.
+inline Float larger(Float a, Float b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(b, a);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(b, a);
+#else
+  return _mm_max_ps(b, a);
+#endif
+}
 
 template <int... kIndex>
 inline Float larger_of_pairs(Float a, Float b, std::integer_sequence<int, kIndex...>) {
