@@ -17,6 +17,7 @@ if not torch.cuda.is_available():  # read when triton and specdec_kernels are im
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+import cuda_emulated
 from specdec_kernels.registry import INTERPRETS_TRITON
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -25,6 +26,8 @@ if INTERPRETS_TRITON and importlib.util.find_spec("triton") is not None:
     import triton_checks
 
     triton_checks.install()
+
+cuda_emulated.install()
 
 
 def make_tiny_model(**options: object) -> PreTrainedModel:
