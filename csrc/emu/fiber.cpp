@@ -59,9 +59,6 @@ char* map_stack() {
 
 Fiber::~Fiber() {
   if (!owns_stack_) return;
-#if defined(__SANITIZE_THREAD__)
-  __tsan_destroy_fiber(sanitizer_state_);
-#endif
   munmap(stack_ - kGuardBytes, kGuardBytes + kStackBytes);
 }
 
@@ -72,7 +69,7 @@ void Fiber::restart(void (*entry)()) {
     stack_bytes_ = kStackBytes;
   }
 #if defined(__SANITIZE_THREAD__)
-  if (sanitizer_state_ != nullptr) __tsan_destroy_fiber(sanitizer_state_);
+  // Never destroyed: one that was left in the middle of something dies with a complaint.
   sanitizer_state_ = __tsan_create_fiber(0);
 #else
   sanitizer_state_ = nullptr;
@@ -100,15 +97,13 @@ void Fiber::adopt_current() {
 #endif
 }
 
-void Fiber::switch_from(Fiber& from, bool from_is_done) {
+void Fiber::switch_from(Fiber& from) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(from_is_done ? nullptr : &from.sanitizer_state_, stack_,
-                                 stack_bytes_);
+  __sanitizer_start_switch_fiber(&from.sanitizer_state_, stack_, stack_bytes_);
 #elif defined(__SANITIZE_THREAD__)
   constexpr unsigned kNoSync = 1;  // taking turns must not look like synchronisation
   __tsan_switch_to_fiber(sanitizer_state_, kNoSync);
 #endif
-  (void)from_is_done;
 #if defined(__x86_64__)
   specdec_switch_stack(&from.stack_pointer_, stack_pointer_);
 #else

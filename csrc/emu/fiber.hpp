@@ -13,7 +13,6 @@ namespace specdec::emu {
 class Fiber {
  public:
   Fiber() = default;
-  explicit Fiber(void (*entry)()) { restart(entry); }
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
@@ -22,7 +21,7 @@ class Fiber {
   void restart(void (*entry)());
 
   // Makes this the fiber that runs now, from `from`, which goes on when something switches back.
-  void switch_from(Fiber& from, bool from_is_done);
+  void switch_from(Fiber& from);
 
   // `entry` calls this first: sanitizers learn where it came from.
   static void arrived_from(Fiber& from);

@@ -24,6 +24,10 @@ constexpr size_t kResidentBlocks = 4;       // in random order
 std::map<const void*, size_t> shared_leave;
 const std::function<void()>* body = nullptr;
 
+// The host's work comes before every thread's, and every thread's before what the host does next;
+// one tag for both would put the threads in an order.
+char launch_tag, end_tag;
+
 Thread* pop_ready() {
   if (machine.order == Order::kForward) {
     Thread* first = machine.ready[machine.next_ready++];
@@ -45,30 +49,38 @@ void finish_thread() {
   Unchecked unchecked;
   Thread* self = machine.current;
   Block& block = *self->block;
-  if (!self->copies.empty())
+  if (!self->copies.empty()) {
     fail(self->copies.front().where, "thread ends with cp.async under way");
+  }
   if (block.waiting > 0) fail(block.barrier, "thread ends while others wait in a barrier");
   self->state = State::kDone;
   --block.alive;
-  release(&machine.scheduler);
-}
-
-void run_thread() {
-  Fiber::arrived_from(machine.scheduler);
-  (*body)();
-  finish_thread();
+  release(&end_tag);
   wait();
-  __builtin_trap();
 }
 
-// Fibers are kept: mapping a stack costs more than most kernels.
-Thread* new_thread(std::vector<std::unique_ptr<Thread>>& pool, size_t used) {
-  if (used == pool.size()) pool.push_back(std::make_unique<Thread>());
-  Thread* thread = pool[used].get();
-  thread->copies.clear();
-  thread->copy_group = 0;
-  thread->fiber.restart(run_thread);
-  return thread;
+// A fiber serves launch after launch: making one costs more than most kernels.
+void serve() {
+  Fiber::arrived_from(machine.scheduler);
+  while (true) {
+    acquire(&launch_tag);
+    (*body)();
+    finish_thread();
+  }
+}
+
+// Never freed: they are in the middle of serve.
+std::vector<Thread*>& pool() {
+  static auto* threads = new std::vector<Thread*>;
+  return *threads;
+}
+
+Thread* pooled_thread(size_t i) {
+  if (i == pool().size()) {
+    pool().push_back(new Thread);
+    pool().back()->fiber.restart(serve);
+  }
+  return pool()[i];
 }
 
 std::string deadlock(const Block& block) {
@@ -79,7 +91,6 @@ std::string deadlock(const Block& block) {
 }
 
 void run_blocks(const LaunchShape& shape, const size_t* numbers, size_t num) {
-  static std::vector<std::unique_ptr<Thread>> pool;
   std::vector<std::unique_ptr<Block>> blocks;
   size_t used = 0;
   machine.ready.clear();
@@ -91,7 +102,7 @@ void run_blocks(const LaunchShape& shape, const size_t* numbers, size_t num) {
                       static_cast<unsigned>(n / grid.x / grid.y)};
     Block& block = *blocks.emplace_back(std::make_unique<Block>(index, shape.dynamic_shared));
     for (int t = 0; t < shape.threads; ++t) {
-      Thread* thread = new_thread(pool, used++);
+      Thread* thread = pooled_thread(used++);
       thread->block = &block;
       thread->index = {static_cast<unsigned>(t), 0, 0};
       thread->linear = t;
@@ -103,17 +114,22 @@ void run_blocks(const LaunchShape& shape, const size_t* numbers, size_t num) {
     block.alive = shape.threads;
     ++counters.blocks;
   }
+  release(&launch_tag);
   while (!machine.ready.empty() && machine.error.empty()) {
     machine.current = pop_ready();
-    machine.current->fiber.switch_from(machine.scheduler, false);
+    machine.current->fiber.switch_from(machine.scheduler);
     machine.current = nullptr;
   }
-  acquire(&machine.scheduler);
+  acquire(&end_tag);
   for (const auto& block : blocks) {
     if (machine.error.empty() && block->alive > 0) machine.error = deadlock(*block);
     const std::string overrun = block->shared.overrun();
     if (machine.error.empty() && !overrun.empty())
       machine.error = "write behind the end of shared " + overrun;
+  }
+  for (size_t i = 0; i < used && !machine.error.empty(); ++i) {  // they wait for what never comes
+    pool()[i]->copies.clear();
+    pool()[i]->fiber.restart(serve);
   }
 }
 

@@ -80,6 +80,8 @@ struct Thread {
   void* output = nullptr;
   std::vector<AsyncCopy> copies;  // cp.async under way
   int copy_group = 0;
+  void* copy_engine = nullptr;  // to ThreadSanitizer, the thread that copies
+  char copy_tags[64] = {};      // stand for the end of a group's copies
 };
 
 struct Block {

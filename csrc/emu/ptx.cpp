@@ -85,8 +85,17 @@ void count_access(const void* address, size_t bytes, uint64_t& counter, Location
   counter += bytes;
 }
 
-// Until it is waited for, the target holds poison, written where ThreadSanitizer sees it: a thread
-// that still reads the buffer races with this store.
+// As the compiler makes small fills and copies into stores that ThreadSanitizer does not see.
+void store16(void* target, uint64_t low, uint64_t high) {
+  using Word [[gnu::may_alias]] = uint64_t;
+  auto* words = static_cast<Word*>(target);
+  words[0] = low;
+  words[1] = high;
+}
+
+// Nothing arrives before it is waited for: until then the target holds poison. To ThreadSanitizer
+// another thread writes it, so whoever reads without the wait, or has read without a barrier since,
+// races with that.
 void async_copy16(void* shared, const void* global, int bytes, Location where) {
   check_shared16("cp.async", shared, where);
   if (bytes > 0) {
@@ -95,12 +104,12 @@ void async_copy16(void* shared, const void* global, int bytes, Location where) {
       fail(where, "cp.async: reads outside of allocated memory");
     }
   }
-  // By element: the compiler turns small fills into stores that ThreadSanitizer does not see.
-  auto* words = static_cast<volatile uint64_t*>(shared);
-  words[0] = ~uint64_t{0};
-  words[1] = ~uint64_t{0};
-  Unchecked unchecked;
   Thread* self = machine.current;
+  {
+    const AsAnotherThread engine(self->copy_engine, &self->copy_tags[self->copy_group % 64]);
+    store16(shared, ~uint64_t{0}, ~uint64_t{0});
+  }
+  Unchecked unchecked;
   self->copies.push_back({shared, global, bytes, self->copy_group, where});
   counters.copied_bytes += static_cast<uint64_t>(bytes);
 }
@@ -118,11 +127,10 @@ void async_wait(int groups_under_way) {
       self->copies[kept++] = copy;
       continue;
     }
+    acquire(&self->copy_tags[copy.group % 64]);
     uint64_t words[2] = {0, 0};
     std::memcpy(words, copy.source, static_cast<size_t>(copy.source_bytes));
-    auto* target = static_cast<volatile uint64_t*>(copy.target);
-    target[0] = words[0];
-    target[1] = words[1];
+    store16(copy.target, words[0], words[1]);
   }
   self->copies.resize(kept);
 }

@@ -9,7 +9,6 @@
 #elif defined(__SANITIZE_THREAD__)
 extern "C" {
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void* __tsan_get_current_fiber();
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
@@ -42,6 +41,29 @@ constexpr bool kHasTsan = true;
 inline void acquire(void* tag) { __tsan_acquire(tag); }
 inline void release(void* tag) { __tsan_release(tag); }
 
+// While this lives, what runs counts as another thread's work: one that has seen all that this
+// thread did before, and whose own work a thread has seen once it acquires `done`.
+class AsAnotherThread {
+ public:
+  AsAnotherThread(void*& other, void* done) : self_(__tsan_get_current_fiber()), done_(done) {
+    if (other == nullptr) other = __tsan_create_fiber(0);
+    __tsan_release(&other);
+    __tsan_switch_to_fiber(other, kNoSync);
+    __tsan_acquire(&other);
+  }
+  ~AsAnotherThread() {
+    __tsan_release(done_);
+    __tsan_switch_to_fiber(self_, kNoSync);
+  }
+  AsAnotherThread(const AsAnotherThread&) = delete;
+  AsAnotherThread& operator=(const AsAnotherThread&) = delete;
+
+ private:
+  static constexpr unsigned kNoSync = 1;
+  void* self_;
+  void* done_;
+};
+
 // The emulator's own loads and stores are not the kernel's: threads take turns, so they cannot
 // race.
 class Unchecked {
@@ -63,6 +85,11 @@ constexpr bool kHasTsan = false;
 #endif
 inline void acquire(void*) {}
 inline void release(void*) {}
+
+class AsAnotherThread {
+ public:
+  AsAnotherThread(void*&, void*) {}
+};
 
 class Unchecked {
  public:

@@ -48,10 +48,7 @@ void make_ready(Thread* thread) {
   machine.ready.push_back(thread);
 }
 
-void wait() {
-  Thread* self = machine.current;
-  machine.scheduler.switch_from(self->fiber, self->state == State::kDone);
-}
+void wait() { machine.scheduler.switch_from(machine.current->fiber); }
 
 void fail(Location where, const char* format, ...) {
   Unchecked unchecked;
