@@ -15,9 +15,9 @@ import torch
 if not torch.cuda.is_available():  # read when triton and specdec_kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import cuda_emulated
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import cuda_emulated
 from specdec_kernels.registry import INTERPRETS_TRITON
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -97,7 +97,7 @@ void run_write_kv() {
 
 // Paths whose sources and targets overlap, one of them longer than what a thread stages.
 void run_commit() {
-  constexpr int64_t kNodes = 20;
+  constexpr int64_t kNodes = 11;
   std::vector<int32_t> paths;
   for (const int32_t step : {1, 3}) {
     for (int32_t j = 0; j < kNodes; ++j) paths.push_back(j == 0 ? 0 : j * step + 1);
@@ -108,7 +108,7 @@ void run_commit() {
       for (int i = 0; i < 4; ++i) arrays.push_back(floats(dtype, {2, 2, 32, dim}, i));
       std::vector<TensorView> caches(arrays.begin(), arrays.end());
       const Array lengths = ints({2}, {0, 11}), path = ints({2, kNodes}, paths);
-      const Array num_kept = ints({2}, {19, 6});
+      const Array num_kept = ints({2}, {10, 3});
       const Array hidden = floats(dtype, {2, kNodes, dim}), out = floats(dtype, {2, kNodes, dim});
       std::vector<CacheView> views;
       cuda::commit(commit_params(caches, lengths, path, num_kept, std::nullopt, hidden, out, views),
