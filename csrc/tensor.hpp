@@ -13,7 +13,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/cache.hpp"
+#include "arguments.hpp"
 #include "cpu/error.hpp"
 
 namespace specdec {
@@ -21,13 +21,6 @@ namespace specdec {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-inline int32_t int32(int64_t size) {
-  if (size > INT32_MAX) fail("sizes must fit in 32 bits, got %ld", size);
-  return static_cast<int32_t>(size);
-}
-
-inline int64_t num_words(int64_t nodes) { return (nodes + 63) / 64; }
 
 template <class T>
 const T* data(const Tensor& tensor) {
@@ -91,6 +84,12 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return Tensor(Output(sizes, dtype).release());
 }
 
+// On the device of `like`.
+inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> sizes,
+                         ScalarType dtype) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+}
+
 // The tensor itself where it is contiguous, else a copy that is.
 inline Tensor packed(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
@@ -111,33 +110,24 @@ inline DType dtype_of(const Tensor& tensor) {
   }
 }
 
-inline CacheView cache_view(const Tensor& cache) {
-  return {const_cast<void*>(cache.const_data_ptr()),
-          cache.stride(0),
-          cache.stride(1),
-          cache.stride(2),
-          cache.stride(3),
-          int32(cache.size(1)),
-          int32(cache.size(3))};
+inline TensorView described(const Tensor& tensor, void* data) {
+  TensorView view{data, dtype_of(tensor), {}, {}};
+  std::ranges::copy(tensor.sizes(), view.sizes);
+  std::ranges::copy(tensor.strides(), view.strides);
+  return view;
 }
 
-inline SlotMap slot_map(const Tensor& cache, const OptionalTensor& page_table) {
-  return {data<int32_t>(page_table), page_table ? page_table->stride(0) : 0,
-          page_table ? page_table->stride(1) : 0, int32(cache.size(0)), int32(cache.size(2))};
+inline TensorView view(const Tensor& tensor) {
+  return described(tensor, const_cast<void*>(tensor.const_data_ptr()));
 }
 
-// Slots of one request.
-inline int64_t capacity(const Tensor& cache, const OptionalTensor& page_table) {
-  return page_table ? cache.size(2) * page_table->size(1) : cache.size(2);
+inline OptionalView view(const OptionalTensor& tensor) {
+  return tensor ? OptionalView(view(*tensor)) : std::nullopt;
 }
 
-// A contiguous cache has one row per request.
-inline void check_cache_rows(const char* op, const Tensor& cache, const Tensor& lengths,
-                             const OptionalTensor& page_table) {
-  if (!page_table && cache.size(0) != lengths.size(0)) {
-    fail("%s: k_cache must be [B, G, S, D] with B = %ld, got [%ld, %ld, %ld, %ld]", op,
-         lengths.size(0), cache.size(0), cache.size(1), cache.size(2), cache.size(3));
-  }
+// Of a tensor that the operator writes.
+inline TensorView mutable_view(const Tensor& tensor) {
+  return described(tensor, tensor.mutable_data_ptr());
 }
 
 }  // namespace specdec

@@ -16,6 +16,7 @@ import torch
 if not torch.cuda.is_available():  # read when triton and specdec_kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import cuda_emulated
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specdec_kernels.registry import INTERPRETS_TRITON
@@ -26,6 +27,8 @@ if INTERPRETS_TRITON and importlib.util.find_spec("triton") is not None:
     import triton_checks
 
     triton_checks.install()
+
+cuda_emulated.install()
 
 
 def make_tiny_model(num_layers: int = 3, **options: object) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 // Top-k and the normaliser of each row in two sweeps that stay in cache: block maxima and a running
 // log-sum-exp, then only the blocks whose maximum can still enter the heap. One thread owns a row.
 // Bytes moved: the row once from memory.
-#include "topk_logprobs.hpp"
+#include "../core/topk_logprobs.hpp"
 
 #include <cmath>
 #include <limits>
