@@ -14,6 +14,7 @@ from .acceptance import RULES
 from .drafters.base import DraftContext, Drafter
 from .drafting import GREEDY, SamplingParams
 from .ops import sample, verify
+from .processing import LogitsProcessing, NodeContext, decide_processed
 from .sampling import NO_SUCH_DRAW
 from .shapes import PAD
 from .tree import DraftKind, Proposal, TokenTree
@@ -68,6 +69,9 @@ class DecodeStats:
 Listener = Callable[[int, list[int], int], None]
 """Called with (row, new tokens, how many of them, from the front, were accepted draft tokens)."""
 
+Recorder = Callable[[int, Tensor, Tensor], None]
+"""Called with (row, logits [n, V], processed logits [n, V] float32) of the row's next n tokens."""
+
 
 @dataclass(slots=True)
 class _Rows:
@@ -108,6 +112,9 @@ def decode(
     sampling: SamplingParams = GREEDY,
     rule: str | None = None,
     listener: Listener | None = None,
+    process: LogitsProcessing | None = None,
+    recorder: Recorder | None = None,
+    agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda decision: decision,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Continue every prompt as the target alone would.
 
@@ -122,6 +129,10 @@ def decode(
         rule: a lossless rule of `verify` for all rows; None tests each row that has sampled drafts
             by `traversal` and the others by `walk`.
         listener: receives tokens as they are committed.
+        process: changes the logits before they are filtered and sampled.
+        recorder: receives the logits of every token that is appended.
+        agree: makes all processes of a distributed target decide alike: given the tensors of a
+            decision, returns those that all go by.
 
     Returns:
         the sequences, prompts included, and statistics.
@@ -140,9 +151,14 @@ def decode(
         drafter.begin(batch)
     logits = target.prefill(prompts)
     positions = torch.tensor([len(p) for p in prompts], device=target.device)
-    drawn, status, _ = sample(logits, positions=positions, **sampling.arguments())
+    contexts = [NodeContext(b, sequence) for b, sequence in enumerate(rows.sequences)]
+    scores = logits if process is None else process(logits.to(torch.float32, copy=True), contexts)
+    drawn, status, _ = sample(scores, positions=positions, **sampling.arguments())
+    drawn, status = agree((drawn, status))
     _check_status(status, rows.sequences, drafter)
     for row, token in enumerate(drawn[:, 0].tolist()):
+        if recorder is not None:
+            recorder(row, logits[row : row + 1], scores[row : row + 1].float())
         rows.push(row, [token])
     stats.prefill_seconds = time.perf_counter() - start
 
@@ -154,10 +170,15 @@ def decode(
         logits = target.forward(tree)
         forwarded = time.perf_counter()
         positions = torch.tensor([len(s) - 1 for s in rows.sequences], device=target.device)
-        results = _verify(rule, logits, proposal, positions, sampling)
-        path, num_accepted, next_tokens, status = results
+        results, scored = _decide(process, rule, logits, proposal, positions, sampling, rows)
+        path, num_accepted, next_tokens, status = agree(results)
         _check_status(status, rows.sequences, drafter)
         kept = _push_step(rows, stats, tree, path, num_accepted, next_tokens)
+        if recorder is not None:
+            for row, count in enumerate(kept):
+                nodes = path[row, :count].long()
+                if count:
+                    recorder(row, logits[row, nodes], scored(row, nodes))
         # Stop rules come first: tokens after a stop are never committed.
         target.commit(path, torch.tensor(kept, dtype=torch.int32, device=target.device))
         stats.draft_seconds += drafted - before
@@ -172,6 +193,31 @@ def check_rule(rule: str | None) -> None:
     lossless = [name for name in RULES if name != "typical"]
     if rule is not None and rule not in lossless:
         raise ValueError(f"rule must be None or one of {', '.join(lossless)}, got {rule!r}")
+
+
+def _decide(
+    process: LogitsProcessing | None,
+    rule: str | None,
+    logits: Tensor,
+    proposal: Proposal,
+    positions: Tensor,
+    sampling: SamplingParams,
+    rows: _Rows,
+) -> tuple[tuple[Tensor, ...], Callable[[int, Tensor], Tensor]]:
+    """The decision, and the processed logits of path nodes by row."""
+    if process is None:
+        results = _verify(rule, logits, proposal, positions, sampling)
+        return results, lambda row, nodes: logits[row, nodes].float()
+    return decide_processed(
+        process,
+        lambda processed, drafts: _verify(rule, processed, drafts, positions, sampling),
+        logits,
+        proposal,
+        positions,
+        sampling,
+        rows.sequences,
+        walks=rule in (None, "walk"),
+    )
 
 
 def _verify(
