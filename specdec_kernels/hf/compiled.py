@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..tree import TokenTree
 from .attention import TreeCall
 from .cache import TreeCache, cache_keyword
 
+Backend = bool | str | Callable[..., Any]
 _LEAST_NODES = 8
 _SLOTS = 256
 
@@ -45,22 +47,26 @@ class CompiledStep:
     Lengths are a tensor that is edited in place, so neither steps nor texts compile again. The
     prompt is not compiled.
 
-    Attributes:
-        num_graphs: how often the step was traced.
+    Args:
+        model: whose layers hand keyword arguments on to their attention.
+        backend: True for the default one of `torch.compile`, or one that it takes.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, backend: Backend) -> None:
         self._model = weakref.ref(model)
         self._keyword = cache_keyword(model)
-        self.num_graphs = 0
-        self._compiled: Any = torch.compile(self._forward, fullgraph=True, dynamic=False)
+        chosen: Any = "inductor" if backend is True else backend
+        self._compiled: Any = torch.compile(
+            self._forward, fullgraph=True, dynamic=False, backend=chosen
+        )
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> CompiledStep:
+    def of(cls, model: PreTrainedModel, backend: Backend) -> CompiledStep:
         """The step of that model, kept as long as the model."""
-        if model not in _made:
-            _made[model] = cls(model)
-        return _made[model]
+        steps = _made.setdefault(model, {})
+        if backend not in steps:
+            steps[backend] = cls(model, backend)
+        return steps[backend]
 
     def __call__(self, cache: TreeCache, tree: TokenTree) -> Tensor:
         """Logits [B, N, V] of a padded tree."""
@@ -87,4 +93,6 @@ class CompiledStep:
         return logits
 
 
-_made: weakref.WeakKeyDictionary[PreTrainedModel, CompiledStep] = weakref.WeakKeyDictionary()
+_made: weakref.WeakKeyDictionary[PreTrainedModel, dict[Backend, CompiledStep]] = (
+    weakref.WeakKeyDictionary()
+)

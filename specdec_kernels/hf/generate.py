@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..drafters import Drafter, PromptLookupDrafter, make_drafter
 from ..drafting import SamplingParams
 from .attention import tree_attention_in
 from .cache import CACHE_KEYWORDS, TreeCache
-from .compiled import compiled_capacity
+from .compiled import Backend, compiled_capacity
 from .processors import Processors, fused_bias
 from .ranks import agreement
 from .record import ScoreRecord
@@ -52,7 +53,8 @@ class SpeculativeDecoder:
         listener: called with (row, new tokens, how many of them were accepted draft tokens).
         temperature, top_k, top_p, min_p: one value per row, instead of what `generate` is given;
             temperature 0 is a greedy row. They need `do_sample=True`.
-        compile: run the steps under `torch.compile`, with trees padded to a few sizes.
+        compile: run the steps under `torch.compile`, with trees padded to a few sizes; True, or a
+            backend that it takes.
 
     Attributes:
         stats: `DecodeStats` of the last call.
@@ -73,7 +75,7 @@ class SpeculativeDecoder:
         top_k: Sequence[int] | None = None,
         top_p: Sequence[float] | None = None,
         min_p: Sequence[float] | None = None,
-        compile: bool = False,
+        compile: Backend = False,
     ) -> None:
         self.drafter = make_drafter(drafter) if isinstance(drafter, str) else drafter
         check_rule(rule)
@@ -144,7 +146,7 @@ class SpeculativeDecoder:
             capacity = compiled_capacity(max(max_lengths), nodes)
         given = [c for name in CACHE_KEYWORDS if (c := model_inputs.get(name)) is not None]
         cache = TreeCache.adopt(given, model, len(prompts))
-        target = HFTarget(model, capacity, cache, is_compiled=self.compile)
+        target = HFTarget(model, capacity, cache, compile=self.compile)
         process, sampling = self._laws(processors, pads, config, target, agree)
         record = ScoreRecord(
             sampling,
@@ -224,7 +226,7 @@ def generate(
     stop_strings: str | list[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompt_lookup_num_tokens: int | None = None,
-    compile: bool = False,
+    compile: Backend = False,
     **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """`model.generate` with speculation, and with the arguments that it keeps from custom loops.
@@ -265,6 +267,9 @@ def generate(
         criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
         kwargs["stopping_criteria"] = [*criteria, StopStringCriteria(tokenizer, stop_strings)]
         kwargs["stopping_criteria"] = StoppingCriteriaList(kwargs["stopping_criteria"])
+        if config.stop_strings is not None:  # `generate` would look for the tokenizer itself
+            kwargs["generation_config"] = config = copy.copy(config)
+            config.stop_strings = None
     is_row = {name: isinstance(kwargs.get(name), (list, tuple, Tensor)) for name in FILTERS}
     per_row: Any = {name: list(kwargs.pop(name)) for name in FILTERS if is_row[name]}
     decoder = SpeculativeDecoder(

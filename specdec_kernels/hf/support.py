@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import (
@@ -20,6 +21,7 @@ from .attention import ignores_attention
 from .cache import CACHE_KEYWORDS
 
 _RECURRENT = ("linear", "mamba", "conv", "recurrent", "ssm", "rwkv")
+_HOST = ("cpu", "disk", "meta")  # where weights may wait for their device
 _HANDLED_INPUTS = {
     "attention_mask",
     "position_ids",
@@ -48,6 +50,12 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} has {what}, which cannot be rolled back to the accepted branch")
     if not model._can_set_attn_implementation():
         raise ValueError(ignores_attention(name))
+    devices = {d for d in getattr(model, "hf_device_map", {}).values() if d not in _HOST}
+    if len({str(torch.device(d)) for d in devices}) > 1:
+        raise ValueError(
+            f"{name} is spread over {len(devices)} devices by device_map: token trees run on one; "
+            "use tensor parallelism, or device_map with one device"
+        )
     reason = why_refused(model.config)
     if reason is None and "position_ids" not in inspect.signature(model.forward).parameters:
         reason = "it counts positions itself and takes no position_ids"

@@ -14,7 +14,7 @@ from ..shapes import PAD
 from ..tree import TokenTree, pad_rows
 from .attention import TreeCall, handing, ignores_attention
 from .cache import TreeCache, cache_keyword
-from .compiled import CompiledStep, pad_tree
+from .compiled import Backend, CompiledStep, pad_tree
 
 
 class HFTarget:
@@ -23,9 +23,9 @@ class HFTarget:
     Args:
         model: as loaded.
         capacity: committed tokens and tree nodes of the longest row; `compiled_capacity` with
-            `is_compiled`.
+            `compile`.
         cache: one that may hold the beginning of the prompts; a new one if None.
-        is_compiled: run tree steps under `torch.compile`.
+        compile: run tree steps under `torch.compile`; True, or one of its backends.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class HFTarget:
         capacity: int,
         cache: TreeCache | None = None,
         *,
-        is_compiled: bool = False,
+        compile: Backend = False,
     ) -> None:
         self.model = model
         self.device = model.device
@@ -42,7 +42,7 @@ class HFTarget:
         self.vocab_size = int(embeddings.num_embeddings)
         self._cache = cache
         self._capacity = capacity
-        self._step = CompiledStep.of(model) if is_compiled else None
+        self._step = CompiledStep.of(model, compile) if compile else None
 
     @property
     def cache(self) -> TreeCache:
