@@ -4,5 +4,6 @@ transformers.
 
 from .generate import SpeculativeDecoder, generate
 from .load import load_model
+from .processors import declare_logits_processor
 
-__all__ = ["SpeculativeDecoder", "generate", "load_model"]
+__all__ = ["SpeculativeDecoder", "declare_logits_processor", "generate", "load_model"]
