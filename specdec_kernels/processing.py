@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ from .drafting import SamplingParams
 from .ops import sample
 from .sampling import OK
 from .shapes import PAD
-from .tree import DraftKind, Proposal, TokenTree, _seal
+from .tree import DraftKind, Proposal, TokenTree
 
 Results = tuple[Tensor, ...]
 """path, num_accepted, next_tokens and status, as of `ops.verify`"""
@@ -185,16 +185,13 @@ def decide_processed(
     if not tested:
         return results, lambda b, nodes: torch.stack([visited[b, int(n)] for n in nodes])
     processed = process_nodes(process, logits, tree, sequences, tested)
-    if walking:
-        num_nodes = tree.num_nodes.clone()
-        num_nodes[torch.tensor(walking, device=num_nodes.device)] = 0
-        rest = replace(tree, num_nodes=num_nodes)
-        laws = (proposal.draft_rows, proposal.draft_probs, proposal.draft_offsets)
-        others = verify(processed, _seal(rest, proposal.kinds, *laws))
-        # an idle row has the least of every value
-        results = tuple(map(torch.maximum, results, others))
-    else:
-        results = verify(processed, proposal)
+    others = verify(processed, proposal)  # of walking rows, whose logits are 0 here, unused
+    walks_here = torch.zeros_like(is_sampled)
+    walks_here[torch.tensor(walking, dtype=torch.int64, device=logits.device)] = True
+    results = tuple(
+        torch.where(walks_here.reshape(-1, *[1] * (own.dim() - 1)), own, other)
+        for own, other in zip(results, others, strict=True)
+    )
 
     def scores(b: int, nodes: Tensor) -> Tensor:
         if b in walking:

@@ -25,7 +25,7 @@ from transformers.generation.logits_process import (
 )
 
 import specdec_kernels.hf.processors as processors_module
-from specdec_kernels import OracleDrafter, SpeculativeDecoder
+from specdec_kernels import DraftContext, Drafter, OracleDrafter, Proposal, SpeculativeDecoder
 from specdec_kernels.hf.processor_kinds import KINDS, Kind
 from specdec_kernels.hf.processors import declare_logits_processor
 
@@ -284,3 +284,33 @@ def test_a_wrong_kind_changes_the_text(tiny_model, rows, monkeypatch: pytest.Mon
     assert _run(tiny_model, rows, None, options)[0] != want
     monkeypatch.setitem(KINDS, name, Kind.LENGTH)
     assert _run(tiny_model, rows, None, options)[0] == want
+
+
+class _Half(Drafter):
+    """Sampled drafts in even rows, deterministic ones in odd rows."""
+
+    max_nodes = 4
+
+    def propose(self, context: DraftContext) -> Proposal:
+        builder = context.builder()
+        for root in builder.roots:
+            if root.row % 2:
+                builder.add(root, (context.sequences[root.row][-1] + 1) % VOCAB)
+            else:
+                builder.sample([root], torch.zeros((1, VOCAB)), num_children=2)
+        return builder.build()
+
+
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.4}, {"suppress_tokens": [3]}])
+def test_walked_rows_are_the_same_beside_rows_with_sampled_drafts(
+    tiny_model, rows, options: dict
+) -> None:
+    """And rows with sampled drafts obey the processors, too."""
+    options = {"do_sample": True, "no_repeat_ngram_size": 1, "temperature": 0.9, **options}
+    plain = _run(tiny_model, rows, None, options, seed=[5, 6, 7])[0]
+    mixed = _run(tiny_model, rows, _Half(), options, seed=[5, 6, 7])[0]
+    assert mixed[1] == plain[1]
+    width = max(len(row) for row in rows)
+    for prompt, row in zip(rows, mixed, strict=True):
+        new = row[width:]
+        assert len(set(new)) == NEW and not {*new} & {*prompt.tolist()}, "no token comes twice"
