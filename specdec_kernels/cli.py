@@ -74,8 +74,21 @@ def main(arguments: list[str] | None = None) -> int:
 @app.command()
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    models: Annotated[
+        bool, typer.Option("--models", help="The architectures instead: exact, or why refused.")
+    ] = False,
 ) -> None:
     """Show which operator runs on which backend here, versions and the machine."""
+    if models:
+        from .hf.architectures import support_rows
+        from .tables import models_table
+
+        rows = support_rows()
+        if as_json:
+            print(json.dumps(dict(rows)))
+        else:
+            Console(highlight=False).print(models_table(rows))
+        return
     import importlib.util
     from importlib import metadata
 

@@ -15,6 +15,7 @@ from .budget import Budget
 from .drafters.base import DraftContext, Drafter, Verified
 from .drafting import GREEDY, SamplingParams
 from .ops import sample, verify
+from .processing import LogitsProcessing, NodeContext, decide_processed
 from .proposing import Proposer
 from .sampling import NO_SUCH_DRAW
 from .shapes import PAD
@@ -42,6 +43,9 @@ class Target(Protocol):
 
 Listener = Callable[[int, list[int], int], None]
 """Called with (row, new tokens, how many of them, from the front, were accepted draft tokens)."""
+
+Recorder = Callable[[int, Tensor, Tensor], None]
+"""Called with (row, logits [n, V], processed logits [n, V] float32) of the row's next n tokens."""
 
 
 @dataclass(slots=True)
@@ -84,6 +88,9 @@ def decode(
     rule: str | None = None,
     listener: Listener | None = None,
     budget: Budget | None = None,
+    process: LogitsProcessing | None = None,
+    recorder: Recorder | None = None,
+    agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda decision: decision,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Continue every prompt as the target alone would.
 
@@ -99,6 +106,10 @@ def decode(
             by `traversal` and the others by `walk`.
         listener: receives tokens as they are committed.
         budget: limits trees to what pays; None leaves them to the drafter.
+        process: changes the logits before they are filtered and sampled.
+        recorder: receives the logits of every token that is appended.
+        agree: makes all processes of a distributed target decide alike: given the tensors of a
+            decision, returns those that all go by.
 
     Returns:
         the sequences, prompts included, and statistics. A drafter that raises, or proposes what is
@@ -114,7 +125,7 @@ def decode(
     stats = DecodeStats.start(len(prompts))
     proposer = Proposer(drafter, stats, budget)
     proposer.begin(len(prompts))
-    _prefill(target, proposer, rows, sampling)
+    _prefill(target, proposer, rows, sampling, process, recorder, agree)
     stats.prefill_seconds = time.perf_counter() - start
 
     while any(rows.active):
@@ -124,11 +135,16 @@ def decode(
         logits = target.forward(tree)
         forwarded = time.perf_counter()
         positions = torch.tensor([len(s) - 1 for s in rows.sequences], device=target.device)
-        results = _verify(rule, logits, proposal, positions, sampling)
-        path, num_accepted, next_tokens, status = results
+        results, scored = _decide(process, rule, logits, proposal, positions, sampling, rows)
+        path, num_accepted, next_tokens, status = agree(results)
         _check_status(status, rows.sequences, proposer)
         before = sum(stats.num_accepted)
         kept = _push_step(rows, stats, tree, path, num_accepted, next_tokens)
+        if recorder is not None:
+            for row, count in enumerate(kept):
+                nodes = path[row, :count].long()
+                if count:
+                    recorder(row, logits[row, nodes], scored(row, nodes))
         # Stop rules come first: tokens after a stop are never committed.
         target.commit(path, torch.tensor(kept, dtype=torch.int32, device=target.device))
         stats.forward_seconds += forwarded - drafted
@@ -148,6 +164,31 @@ def check_rule(rule: str | None) -> None:
     lossless = [name for name in RULES if name != "typical"]
     if rule is not None and rule not in lossless:
         raise ValueError(f"rule must be None or one of {', '.join(lossless)}, got {rule!r}")
+
+
+def _decide(
+    process: LogitsProcessing | None,
+    rule: str | None,
+    logits: Tensor,
+    proposal: Proposal,
+    positions: Tensor,
+    sampling: SamplingParams,
+    rows: _Rows,
+) -> tuple[tuple[Tensor, ...], Callable[[int, Tensor], Tensor]]:
+    """The decision, and the processed logits of path nodes by row."""
+    if process is None:
+        results = _verify(rule, logits, proposal, positions, sampling)
+        return results, lambda row, nodes: logits[row, nodes].float()
+    return decide_processed(
+        process,
+        lambda processed, drafts: _verify(rule, processed, drafts, positions, sampling),
+        logits,
+        proposal,
+        positions,
+        sampling,
+        rows.sequences,
+        walks=rule in (None, "walk"),
+    )
 
 
 def _verify(
@@ -214,14 +255,27 @@ def _push_step(
     return kept
 
 
-def _prefill(target: Target, proposer: Proposer, rows: _Rows, sampling: SamplingParams) -> None:
+def _prefill(
+    target: Target,
+    proposer: Proposer,
+    rows: _Rows,
+    sampling: SamplingParams,
+    process: LogitsProcessing | None,
+    recorder: Recorder | None,
+    agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+) -> None:
     """Fill the cache, and push the first token of every row."""
     logits = target.prefill(rows.sequences)
     lasts = [([s[-1]], [PAD]) for s in rows.sequences]
     positions = torch.tensor([len(s) for s in rows.sequences], device=target.device)
-    drawn, status, _ = sample(logits, positions=positions, **sampling.arguments())
+    contexts = [NodeContext(b, sequence) for b, sequence in enumerate(rows.sequences)]
+    scores = logits if process is None else process(logits.to(torch.float32, copy=True), contexts)
+    drawn, status, _ = sample(scores, positions=positions, **sampling.arguments())
+    drawn, status = agree((drawn, status))
     _check_status(status, rows.sequences, proposer)
     for row, token in enumerate(drawn[:, 0].tolist()):
+        if recorder is not None:
+            recorder(row, logits[row : row + 1], scores[row : row + 1].float())
         rows.push(row, [token])
     tree = TokenTree.from_rows(lasts, target.device)
     proposer.observe(Verified(tree, logits[:, None], [[0]] * len(lasts), rows.sequences))

@@ -32,6 +32,14 @@ def facts_table(facts: dict[str, Any]) -> Table:
     return table
 
 
+def models_table(rows: list[tuple[str, str]]) -> Table:
+    """Architecture and "exact", or the reason for refusing it."""
+    table = Table("architecture", Column("token trees", overflow="fold"))
+    for name, answer in rows:
+        table.add_row(name, Text(answer, "green" if answer == "exact" else "dim"))
+    return table
+
+
 def e2e_table(record: dict[str, Any]) -> Table:
     """One section per category, one row per mode; below, how close the texts that part were."""
     summary = record["summary"]

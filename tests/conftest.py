@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specdec_kernels.registry import INTERPRETS_TRITON
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))  # more than cores would spin
 
 if INTERPRETS_TRITON and importlib.util.find_spec("triton") is not None:
     import triton_checks

@@ -355,7 +355,7 @@ def test_an_assistant_model_drafts_chains(tiny_model, similar, rows, monkeypatch
     [
         ({"num_assistant_tokens": 0}, r"num_assistant_tokens must be >= 1, got 0"),
         ({"prompt_lookup_num_tokens": 3}, r"either assistant_model or prompt_lookup_num_tokens"),
-        ({"assistant_model": None, "num_assistant_tokens": 3}, r"need an assistant_model"),
+        ({"assistant_model": None, "assistant_tokenizer": object()}, r"needs an assistant_model"),
     ],
 )
 def test_assistant_options_that_contradict_are_refused(

@@ -6,5 +6,13 @@ from .draft_model import DraftModel
 from .early_exit import EarlyExitModel
 from .generate import SpeculativeDecoder, generate
 from .load import load_model
+from .processors import declare_logits_processor
 
-__all__ = ["DraftModel", "EarlyExitModel", "SpeculativeDecoder", "generate", "load_model"]
+__all__ = [
+    "DraftModel",
+    "EarlyExitModel",
+    "SpeculativeDecoder",
+    "declare_logits_processor",
+    "generate",
+    "load_model",
+]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..drafters.growth import Block
-from .attention import TreeCall, dropped_keyword
+from .attention import TreeCall, handing, ignores_attention
 from .cache import TreeCache, cache_keyword
 from .target import HFTarget
 
@@ -22,14 +22,14 @@ class GrowingTarget(HFTarget):
     def share(self, cache: TreeCache) -> None:
         """Use the first layers of another cache, its lengths included."""
         decoder: Any = self.model.get_decoder()
-        own = TreeCache(0, cache.capacity)
+        own = TreeCache(self.model, cache.batch)
+        own.capacity, own.localities = cache.capacity, cache.localities
         own.tree_layers = [copy.copy(layer) for layer in cache.tree_layers[: len(decoder.layers)]]
         for layer in own.tree_layers:
             layer.cache = own
         own.layers = list(own.tree_layers)
         own.lengths = cache.lengths
-        self.cache = own
-        self._cache_argument = {cache_keyword(self.model): own}
+        self._cache = own
 
     def grow(self, block: Block, *, only_last: bool = False) -> Tensor:
         """Logits [B, M, V] after the block's nodes; [B, 1, V] after the last one of each row."""
@@ -42,6 +42,7 @@ class GrowingTarget(HFTarget):
             block.depths,
             cache.lengths,
             block.num_nodes,
+            cache.localities,
             sources=block.sources,
             places=block.places,
         )
@@ -50,17 +51,18 @@ class GrowingTarget(HFTarget):
         batch = len(block.tokens)
         no_mask = torch.empty((batch, 1, 1, 0), dtype=torch.bool, device=self.device)
         last = (block.counts.long().clamp_min(1) - 1)[:, None]
-        out = self.model(
-            input_ids=block.tokens,
-            attention_mask=no_mask,
-            position_ids=positions.long().clamp_max(limit - 1),  # guesses may lie beyond the last
-            **self._cache_argument,
-            use_cache=True,
-            specdec=call,
-            **({"logits_to_keep": last} if only_last else {}),
-        )
+        with handing(call):
+            out = self.model(
+                input_ids=block.tokens,
+                attention_mask=no_mask,
+                # guesses may lie beyond the last position
+                position_ids=positions.long().clamp_max(limit - 1),
+                use_cache=True,
+                **{cache_keyword(self.model): cache},
+                **({"logits_to_keep": last} if only_last else {}),
+            )
         if call.num_layers == 0:
-            raise ValueError(dropped_keyword(type(self.model).__name__))
+            raise ValueError(ignores_attention(type(self.model).__name__))
         logits: Tensor = out.logits
         return logits
 
