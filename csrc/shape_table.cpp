@@ -63,6 +63,11 @@ std::string dtype_name(const Tensor& tensor) {
   }
 }
 
+std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
+}
+
 bool is_float_class(const std::string& name) {
   return name == "bfloat16" || name == "float16" || name == "float32";
 }
@@ -146,13 +151,17 @@ void check_shapes(const char* op, std::initializer_list<TensorArg> args) {
     fail("%s: the shape table was not declared; import specdec_kernels", op);
   }
   Sizes sizes;
-  std::optional<First> first_float;
+  std::optional<First> first_float, first_device;
   auto spec = table->second.begin();
   for (const TensorArg& arg : args) {
     for (const Tensor& tensor : arg) {
       check_tensor(op, *spec, tensor, sizes, first_float);
-      // The dispatcher chose this code for a CPU tensor; another one may still lie elsewhere.
-      if (!tensor.is_cpu()) fail("%s: %s must be on cpu like the others", op, spec->name.c_str());
+      const std::string device = device_name(tensor);
+      if (!first_device) first_device = First{spec->name, device};
+      if (device != first_device->value) {
+        fail("%s: %s must be on %s like %s, got %s", op, spec->name.c_str(),
+             first_device->value.c_str(), first_device->name.c_str(), device.c_str());
+      }
     }
     ++spec;
   }

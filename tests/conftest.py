@@ -16,26 +16,29 @@ import torch
 if not torch.cuda.is_available():  # read when triton and specdec_kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import cuda_emulated
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specdec_kernels.registry import INTERPRETS_TRITON
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))  # more than cores would spin
 
 if INTERPRETS_TRITON and importlib.util.find_spec("triton") is not None:
     import triton_checks
 
     triton_checks.install()
 
+cuda_emulated.install()
 
-def make_tiny_model(**options: object) -> PreTrainedModel:
+
+def make_tiny_model(num_layers: int = 3, **options: object) -> PreTrainedModel:
     """A random Llama whose greedy text does not repeat itself."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=101,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,

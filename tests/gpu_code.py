@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,7 @@ _MULTIPROCESSORS = {
     90: _Multiprocessor(shared=233472, shared_per_block=232448),
     100: _Multiprocessor(shared=233472, shared_per_block=232448),
 }
+_OPCODE = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)"
 _RESERVED_SHARED = 1024  # per block, by the system, since sm_80
 _REGISTER_UNIT, _SHARED_UNIT, _PARTITIONS = 256, 128, 4
 
@@ -98,7 +100,7 @@ def read_cubin(path: Path, architecture: int, threads: int, dynamic_shared: int)
     if architecture >= 90:
         static = max(0, static - _RESERVED_SHARED)  # counted by the tool from sm_90 on
     opcodes = re.findall(
-        r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)",
+        _OPCODE,
         _run("nvdisasm", "-c", "-hex", path),
         re.MULTILINE,
     )
@@ -110,6 +112,67 @@ def read_cubin(path: Path, architecture: int, threads: int, dynamic_shared: int)
         occupancy(architecture, registers, shared, threads),
         _count([o for o in opcodes if o != "NOP"], NVIDIA_GROUPS),
     )
+
+
+def extract_cubins(library: Path, folder: Path) -> dict[int, list[Path]]:
+    """Architecture -> cubins of a library with CUDA code, extracted into `folder`."""
+    _run("cuobjdump", "-xelf", "all", library.resolve(), folder=folder)
+    found: dict[int, list[Path]] = {}
+    for path in sorted(folder.glob("*.cubin")):
+        architecture = re.search(r"sm_(\d+)", path.name)
+        if architecture is None:
+            raise ValueError(f"{path.name} names no architecture")
+        found.setdefault(int(architecture[1]), []).append(path)
+    return found
+
+
+def ptx_names(library: Path) -> list[str]:
+    """`<source>.sm_<architecture>` of the PTX in a library."""
+    return re.findall(r"(\S+\.sm_\d+)\.ptx", _run("cuobjdump", "-lptx", library))
+
+
+def read_kernels(path: Path, architecture: int, threads: Callable[[str], int]) -> dict[str, Code]:
+    """Inspect a cubin of several kernels, launched without dynamic shared memory.
+
+    Args:
+        threads: name of a kernel -> threads of its blocks.
+
+    Returns:
+        `name<argument>` of each kernel -> its code.
+    """
+    usages = {
+        mangled: [int(number) for number in numbers]
+        for mangled, *numbers in re.findall(
+            r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)",
+            _run("cuobjdump", "-res-usage", path),
+        )
+    }
+    sections = re.split(
+        r"^\.text\.(\S+):", _run("nvdisasm", "-c", "-hex", path), flags=re.MULTILINE
+    )
+    codes = {}
+    for mangled, text in zip(sections[1::2], sections[2::2], strict=True):
+        registers, stack, shared = usages[mangled]
+        shared = max(0, shared - _RESERVED_SHARED) if architecture >= 90 else shared
+        name = _readable(mangled)
+        opcodes = re.findall(_OPCODE, text, re.MULTILINE)
+        codes[name] = Code(
+            registers,
+            stack,
+            shared,
+            occupancy(architecture, registers, shared, threads(name)),
+            _count([o for o in opcodes if o != "NOP"], NVIDIA_GROUPS),
+        )
+    return codes
+
+
+def _readable(mangled: str) -> str:
+    """`kernel<argument>` of a mangled name."""
+    match = re.search(r"([a-z_]+_kernel)(?:I(?:NS_)?\d*(\w+?)E)?E", mangled)
+    if match is None:
+        raise ValueError(f"{mangled} is not the name of a kernel")
+    builtin = {"f": "float", "j": "uint32_t", "t": "uint16_t"}
+    return f"{match[1]}<{builtin.get(match[2], match[2])}>" if match[2] else match[1]
 
 
 def read_amdgcn(text: str, shared: int) -> Code:
@@ -138,10 +201,9 @@ def _count(opcodes: list[str], groups: dict[str, str]) -> dict[str, int]:
     return {**counts, "all": len(opcodes)}
 
 
-def _run(tool: str, *arguments: str | Path) -> str:
-    return subprocess.run(
-        [_tool(tool), *map(str, arguments)], capture_output=True, text=True, check=True
-    ).stdout
+def _run(tool: str, *arguments: str | Path, folder: Path | None = None) -> str:
+    command = [_tool(tool), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
 
 
 def _tool(name: str) -> str:

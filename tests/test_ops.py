@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import cuda_emulated
 import pytest
 import torch
 from torch import Tensor
@@ -78,7 +79,9 @@ def _compare(operator: Op, dtype: torch.dtype, got: list[Tensor], want: list[Ten
 
 
 def _program_order(backend: str, seed: int) -> Any:
-    """Interpreted programs run forwards, backwards and shuffled."""
+    """Interpreted programs and emulated threads run forwards, backwards and shuffled."""
+    if backend == cuda_emulated.BACKEND:
+        return cuda_emulated.in_order(cuda_emulated.ORDERS[seed])
     if backend != "triton" or not INTERPRETS_TRITON:
         return nullcontext()
     import triton_checks
@@ -86,8 +89,15 @@ def _program_order(backend: str, seed: int) -> Any:
     return triton_checks.in_order(triton_checks.ORDERS[seed])
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("operator", "backend", "case", "dtype"), _cases())
+def _seeded_cases() -> list[Any]:
+    return [
+        pytest.param(*row.values, seed, id=f"{row.id}-{seed}", marks=row.marks)
+        for row in _cases()
+        for seed in range(4 if row.values[1] == cuda_emulated.BACKEND else 3)
+    ]
+
+
+@pytest.mark.parametrize(("operator", "backend", "case", "dtype", "seed"), _seeded_cases())
 def test_backend_equals_the_reference(
     operator: Op, backend: str, case: dict[str, Any], dtype: torch.dtype, seed: int
 ) -> None:

@@ -11,6 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import cuda_emulated
 import pytest
 
 import specdec_kernels
@@ -98,7 +99,8 @@ def test_importing_the_package_does_not_import_transformers() -> None:
 
 
 def test_kernels_know_no_framework() -> None:
-    files = [p for folder in ("cpu", "core") for p in (ROOT / "csrc" / folder).glob("*.[ch]pp")]
+    folders = ("cpu", "core", "cuda", "emu")
+    files = [p for folder in folders for p in (ROOT / "csrc" / folder).iterdir()]
     assert len(files) > 10
     for path in files:
         assert not re.search(r"#include <(torch|ATen|c10)/", path.read_text("utf-8")), path.name
@@ -109,3 +111,5 @@ def test_every_operator_has_one_file_per_floor() -> None:
         assert (PACKAGE / "ops" / f"{name}.py").exists()
         if backends["cpu"] is None:
             assert (ROOT / "csrc" / "cpu" / f"{name}.cpp").exists()
+        if backends.get(cuda_emulated.BACKEND, "not built") is None:
+            assert (ROOT / "csrc" / "cuda" / f"{name}.cu").exists()

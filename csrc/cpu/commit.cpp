@@ -2,8 +2,9 @@
 // one request and walks the path in order: entries only move down, and entry j lands before the
 // source of any later entry, so the move is safe in place. Nodes that already lie right are not
 // touched. Everything is checked before the first write.
-#include "commit.hpp"
+#include "../core/commit.hpp"
 
+#include "cache.hpp"
 #include "error.hpp"
 #include "parallel.hpp"
 

@@ -1,5 +1,5 @@
 // Ancestor words and depths in one sweep: a parent comes before its children, so its row is ready.
-#include "tree_mask.hpp"
+#include "../core/tree_mask.hpp"
 
 #include <cstring>
 

@@ -1,7 +1,8 @@
 // Copies new keys and values into their slots. One task owns the nodes of one head of one request;
 // every byte is read once and written once. All slots are checked before the first write.
-#include "write_kv.hpp"
+#include "../core/write_kv.hpp"
 
+#include "cache.hpp"
 #include "error.hpp"
 #include "parallel.hpp"
 

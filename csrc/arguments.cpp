@@ -1,0 +1,129 @@
+#include "arguments.hpp"
+
+#include "cpu/error.hpp"
+
+namespace specdec {
+
+int32_t int32(int64_t size) {
+  if (size > INT32_MAX) fail("sizes must fit in 32 bits, got %ld", size);
+  return static_cast<int32_t>(size);
+}
+
+CacheView cache_view(const TensorView& cache) {
+  return {cache.data,      cache.stride(0),      cache.stride(1),     cache.stride(2),
+          cache.stride(3), int32(cache.size(1)), int32(cache.size(3))};
+}
+
+SlotMap slot_map(const TensorView& cache, const OptionalView& page_table) {
+  return {page_table ? page_table->as<int32_t>() : nullptr, page_table ? page_table->stride(0) : 0,
+          page_table ? page_table->stride(1) : 0, int32(cache.size(0)), int32(cache.size(2))};
+}
+
+int64_t capacity(const TensorView& cache, const OptionalView& page_table) {
+  return page_table ? cache.size(2) * page_table->size(1) : cache.size(2);
+}
+
+void check_cache_rows(const char* op, const TensorView& cache, int64_t batch,
+                      const OptionalView& page_table) {
+  if (!page_table && cache.size(0) != batch) {
+    fail("%s: k_cache must be [B, G, S, D] with B = %ld, got [%ld, %ld, %ld, %ld]", op, batch,
+         cache.size(0), cache.size(1), cache.size(2), cache.size(3));
+  }
+}
+
+TreeMaskParams tree_mask_params(const TensorView& parents, const TensorView& num_nodes,
+                                const TensorView& ancestors, const TensorView& depths) {
+  return {
+      .parents = parents.as<int32_t>(),
+      .num_nodes = num_nodes.as<int32_t>(),
+      .ancestors = ancestors.as<int64_t>(),
+      .depths = depths.as<int32_t>(),
+      .stride_parents_b = parents.stride(0),
+      .stride_parents_n = parents.stride(1),
+      .stride_num_nodes = num_nodes.stride(0),
+      .batch = int32(parents.size(0)),
+      .nodes = int32(parents.size(1)),
+      .words = int32(num_words(parents.size(1))),
+  };
+}
+
+WriteKvParams write_kv_params(const TensorView& k, const TensorView& v, const TensorView& k_cache,
+                              const TensorView& v_cache, const TensorView& lengths,
+                              const TensorView& num_nodes, const OptionalView& page_table) {
+  check_cache_rows("write_kv", k_cache, lengths.size(0), page_table);
+  return {
+      .k_cache = cache_view(k_cache),
+      .v_cache = cache_view(v_cache),
+      .k = cache_view(k),
+      .v = cache_view(v),
+      .slots = slot_map(k_cache, page_table),
+      .lengths = lengths.as<int32_t>(),
+      .num_nodes = num_nodes.as<int32_t>(),
+      .stride_lengths = lengths.stride(0),
+      .stride_num_nodes = num_nodes.stride(0),
+      .capacity = capacity(k_cache, page_table),
+      .batch = int32(k.size(0)),
+      .nodes = int32(k.size(2)),
+      .dtype = k.dtype,
+  };
+}
+
+CommitParams commit_params(const std::vector<TensorView>& caches, const TensorView& lengths,
+                           const TensorView& path, const TensorView& num_kept,
+                           const OptionalView& page_table, const OptionalView& hidden,
+                           const OptionalView& hidden_out, std::vector<CacheView>& cache_views) {
+  for (const TensorView& cache : caches) {
+    check_cache_rows("commit", cache, lengths.size(0), page_table);
+    cache_views.push_back(cache_view(cache));
+  }
+  CommitParams params{};
+  params.caches = cache_views.data();
+  params.num_caches = static_cast<int64_t>(cache_views.size());
+  params.lengths = lengths.as<int32_t>();
+  params.path = path.as<int32_t>();
+  params.num_kept = num_kept.as<int32_t>();
+  params.stride_lengths = lengths.stride(0);
+  params.stride_path_b = path.stride(0);
+  params.stride_path_n = path.stride(1);
+  params.stride_num_kept = num_kept.stride(0);
+  params.batch = int32(path.size(0));
+  params.nodes = int32(path.size(1));
+  if (!caches.empty()) {
+    params.slots = slot_map(caches.front(), page_table);
+    params.capacity = capacity(caches.front(), page_table);
+    params.dtype = caches.front().dtype;
+  }
+  if (hidden) {
+    params.hidden = hidden->data;
+    params.hidden_out = hidden_out->data;
+    params.stride_hidden_b = hidden->stride(0);
+    params.stride_hidden_n = hidden->stride(1);
+    params.stride_hidden_f = hidden->stride(2);
+    params.features = int32(hidden->size(2));
+    params.hidden_dtype = hidden->dtype;
+  }
+  return params;
+}
+
+void check_topk(int64_t vocab, int64_t k) {
+  if (k < 1 || k > vocab) {
+    fail("topk_logprobs: k must be in [1, V] = [1, %ld], got %ld", vocab, k);
+  }
+}
+
+TopkLogprobsParams topk_logprobs_params(const TensorView& logits, int64_t k,
+                                        const TensorView& logprobs, const TensorView& tokens) {
+  return {
+      .logits = logits.data,
+      .logprobs = logprobs.as<float>(),
+      .tokens = tokens.as<int64_t>(),
+      .stride_row = logits.stride(0),
+      .stride_vocab = logits.stride(1),
+      .rows = int32(logits.size(0)),
+      .vocab = int32(logits.size(1)),
+      .k = int32(k),
+      .dtype = logits.dtype,
+  };
+}
+
+}  // namespace specdec

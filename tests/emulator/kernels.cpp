@@ -1,0 +1,162 @@
+// Runs emulated kernels over several shapes, for a sanitizer to watch. Every buffer is an
+// allocation of its own and of its exact size. What they compute is checked elsewhere.
+//
+//   sanitized_<tool> NAME ORDER    NAME is an operator or a planted fault
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "../../csrc/arguments.hpp"
+#include "../../csrc/cuda/kernels.hpp"
+#include "../../csrc/emu/machine.hpp"
+#include "planted.hpp"
+
+namespace specdec {
+namespace {
+
+// A contiguous tensor that owns its memory.
+class Array {
+ public:
+  Array(DType dtype, int64_t element, std::vector<int64_t> sizes, int seed)
+      : bytes_(static_cast<size_t>(element)) {
+    view_ = {nullptr, dtype, {}, {}};
+    int64_t stride = 1;
+    for (size_t dim = sizes.size(); dim-- > 0; stride *= sizes[dim]) {
+      view_.sizes[dim] = sizes[dim];
+      view_.strides[dim] = stride;
+      bytes_ *= static_cast<size_t>(sizes[dim]);
+    }
+    memory_ = std::make_unique<unsigned char[]>(bytes_);
+    for (size_t i = 0; i < bytes_; ++i) {  // neither NaN nor infinite as any float
+      memory_[i] = static_cast<unsigned char>((i * 37 + static_cast<size_t>(seed) * 11) % 0x3C);
+    }
+    view_.data = memory_.get();
+  }
+
+  template <class T>
+  Array& fill(const std::vector<T>& values) {
+    std::memcpy(memory_.get(), values.data(), bytes_);
+    return *this;
+  }
+
+  operator const TensorView&() const { return view_; }
+  operator OptionalView() const { return view_; }
+
+ private:
+  size_t bytes_;
+  TensorView view_;
+  std::unique_ptr<unsigned char[]> memory_;
+};
+
+Array floats(DType dtype, std::vector<int64_t> sizes, int seed = 0) {
+  return Array(dtype, element_bytes(dtype), std::move(sizes), seed);
+}
+
+Array ints(std::vector<int64_t> sizes, const std::vector<int32_t>& values) {
+  return std::move(Array(DType::kFloat32, 4, std::move(sizes), 0).fill(values));
+}
+
+Array longs(std::vector<int64_t> sizes) { return Array(DType::kFloat32, 8, std::move(sizes), 0); }
+
+// A tree whose node i hangs on node i / 3.
+void run_tree_mask() {
+  for (const int64_t nodes : {1, 7, 150}) {
+    std::vector<int32_t> parents;
+    for (int64_t i = 0; i < 2 * nodes; ++i) {
+      parents.push_back(static_cast<int32_t>(i % nodes == 0 ? -1 : i % nodes / 3));
+    }
+    Array ancestors = longs({2, nodes, num_words(nodes)});
+    Array depths = ints({2, nodes}, std::vector<int32_t>(static_cast<size_t>(2 * nodes)));
+    cuda::tree_mask(
+        tree_mask_params(ints({2, nodes}, parents),
+                         ints({2}, {static_cast<int32_t>(nodes), static_cast<int32_t>(nodes / 2)}),
+                         ancestors, depths),
+        nullptr);
+  }
+}
+
+void run_write_kv() {
+  for (const DType dtype : {DType::kFloat32, DType::kBfloat16}) {
+    for (const int64_t dim : {5, 40, 64}) {
+      const Array k = floats(dtype, {2, 2, 6, dim}), v = floats(dtype, {2, 2, 6, dim});
+      const Array lengths = ints({2}, {3, 10}), num_nodes = ints({2}, {6, 4});
+      const Array k_cache = floats(dtype, {2, 2, 16, dim}),
+                  v_cache = floats(dtype, {2, 2, 16, dim});
+      cuda::write_kv(write_kv_params(k, v, k_cache, v_cache, lengths, num_nodes, std::nullopt),
+                     nullptr);
+      const Array k_pages = floats(dtype, {5, 2, 8, dim}), v_pages = floats(dtype, {5, 2, 8, dim});
+      cuda::write_kv(write_kv_params(k, v, k_pages, v_pages, lengths, num_nodes,
+                                     ints({2, 2}, {3, 0, 9, 2})),  // 9: no such page
+                     nullptr);
+    }
+  }
+}
+
+// Paths whose sources and targets overlap, one of them longer than what a thread stages.
+void run_commit() {
+  constexpr int64_t kNodes = 11;
+  std::vector<int32_t> paths;
+  for (const int32_t step : {1, 3}) {
+    for (int32_t j = 0; j < kNodes; ++j) paths.push_back(j == 0 ? 0 : j * step + 1);
+  }
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16}) {
+    for (const int64_t dim : {5, 64}) {
+      std::vector<Array> arrays;
+      for (int i = 0; i < 4; ++i) arrays.push_back(floats(dtype, {2, 2, 32, dim}, i));
+      std::vector<TensorView> caches(arrays.begin(), arrays.end());
+      const Array lengths = ints({2}, {0, 11}), path = ints({2, kNodes}, paths);
+      const Array num_kept = ints({2}, {10, 3});
+      const Array hidden = floats(dtype, {2, kNodes, dim}), out = floats(dtype, {2, kNodes, dim});
+      std::vector<CacheView> views;
+      cuda::commit(commit_params(caches, lengths, path, num_kept, std::nullopt, hidden, out, views),
+                   nullptr);
+    }
+  }
+}
+
+void run_topk_logprobs() {
+  struct Case {
+    DType dtype;
+    int64_t rows, vocab, k;
+  };
+  for (const Case& c : {Case{DType::kFloat32, 1, 5, 5}, Case{DType::kBfloat16, 3, 1003, 8},
+                        Case{DType::kFloat16, 2, 9001, 64}, Case{DType::kFloat32, 2, 700, 100}}) {
+    const Array logits = floats(c.dtype, {c.rows, c.vocab});
+    const Array logprobs = floats(DType::kFloat32, {c.rows, c.k}), tokens = longs({c.rows, c.k});
+    const TopkLogprobsParams params = topk_logprobs_params(logits, c.k, logprobs, tokens);
+    const size_t bytes = cuda::topk_logprobs_scratch_bytes(params);
+    const auto scratch = std::make_unique<unsigned char[]>(bytes);
+    cuda::topk_logprobs(params, scratch.get(), nullptr);
+  }
+}
+
+}  // namespace
+}  // namespace specdec
+
+int main(int argc, char** argv) {
+  using namespace specdec;
+  std::map<std::string, std::function<void()>> runs{
+      {"tree_mask", run_tree_mask},
+      {"write_kv", run_write_kv},
+      {"commit", run_commit},
+      {"topk_logprobs", run_topk_logprobs},
+  };
+  for (const auto& [name, run] : planted_faults()) runs.emplace(name, run);
+  const auto run = runs.find(argc == 3 ? argv[1] : "");
+  if (run == runs.end()) {
+    std::fprintf(stderr, "usage: %s NAME ORDER, with NAME one of:\n", argv[0]);
+    for (const auto& [name, unused] : runs) std::fprintf(stderr, "  %s\n", name.c_str());
+    return 2;
+  }
+  try {
+    emu::set_order(argv[2]);
+    run->second();
+  } catch (const emu::Error& error) {
+    std::fprintf(stderr, "emulator: %s\n", error.what());
+    return 3;
+  }
+  std::puts("done");
+}

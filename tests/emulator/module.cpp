@@ -1,0 +1,107 @@
+// The emulated kernels as a Python module. Tensors come as torch's Python objects, of which only
+// the address, sizes, strides and dtype are asked; nothing of torch is compiled in.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../../csrc/arguments.hpp"
+#include "../../csrc/cuda/kernels.hpp"
+#include "../../csrc/emu/machine.hpp"
+
+namespace py = pybind11;
+using specdec::OptionalView;
+using specdec::TensorView;
+
+namespace {
+
+specdec::DType dtype_of(const py::handle& tensor) {
+  const auto name = py::str(tensor.attr("dtype")).cast<std::string>();
+  if (name == "torch.bfloat16") return specdec::DType::kBfloat16;
+  return name == "torch.float16" ? specdec::DType::kFloat16 : specdec::DType::kFloat32;
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<TensorView> {
+  PYBIND11_TYPE_CASTER(TensorView, const_name("Tensor"));
+
+  bool load(handle tensor, bool) {
+    if (!hasattr(tensor, "data_ptr")) return false;
+    value = {reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>()),
+             dtype_of(tensor),
+             {},
+             {}};
+    int dim = 0;
+    for (const auto size : tensor.attr("shape")) value.sizes[dim++] = size.cast<int64_t>();
+    dim = 0;
+    for (const auto stride : tensor.attr("stride")()) value.strides[dim++] = stride.cast<int64_t>();
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace specdec {
+namespace {
+
+void run_tree_mask(const TensorView& parents, const TensorView& num_nodes,
+                   const TensorView& ancestors, const TensorView& depths) {
+  cuda::tree_mask(tree_mask_params(parents, num_nodes, ancestors, depths), nullptr);
+}
+
+void run_write_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache,
+                  const TensorView& v_cache, const TensorView& lengths, const TensorView& num_nodes,
+                  const OptionalView& page_table) {
+  cuda::write_kv(write_kv_params(k, v, k_cache, v_cache, lengths, num_nodes, page_table), nullptr);
+}
+
+void run_commit(const std::vector<TensorView>& caches, const TensorView& lengths,
+                const TensorView& path, const TensorView& num_kept, const OptionalView& page_table,
+                const OptionalView& hidden, const OptionalView& hidden_out) {
+  std::vector<CacheView> views;
+  cuda::commit(
+      commit_params(caches, lengths, path, num_kept, page_table, hidden, hidden_out, views),
+      nullptr);
+}
+
+void run_topk_logprobs(const TensorView& logits, int64_t k, const TensorView& logprobs,
+                       const TensorView& tokens) {
+  const TopkLogprobsParams params = topk_logprobs_params(logits, k, logprobs, tokens);
+  std::vector<uint64_t> scratch(cuda::topk_logprobs_scratch_bytes(params) / 8 + 1, ~uint64_t{0});
+  cuda::topk_logprobs(params, scratch.data(), nullptr);
+}
+
+// What ran since the last call.
+py::dict take_counters() {
+  const emu::Counters c = std::exchange(emu::counters, {});
+  using namespace py::literals;
+  return py::dict("launches"_a = c.launches, "blocks"_a = c.blocks, "barriers"_a = c.barriers,
+                  "warp_operations"_a = c.warp_operations, "atomics"_a = c.atomics,
+                  "loaded_bytes"_a = c.loaded_bytes, "stored_bytes"_a = c.stored_bytes,
+                  "copied_bytes"_a = c.copied_bytes, "matrix_loads"_a = c.matrix_loads,
+                  "bank_conflicts"_a = c.bank_conflicts, "matrix_products"_a = c.matrix_products);
+}
+
+}  // namespace
+}  // namespace specdec
+
+PYBIND11_MODULE(cuda_emulated, module) {
+  using namespace specdec;
+  py::register_exception<emu::Error>(module, "EmulatorError");
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const std::runtime_error& mistake) {  // what fail throws: a caller's mistake
+      PyErr_SetString(PyExc_ValueError, mistake.what());
+    }
+  });
+  module.def("set_order", &emu::set_order);
+  module.def("take_counters", &take_counters);
+  module.def("check_topk", &check_topk);
+  module.def("tree_mask", &run_tree_mask);
+  module.def("write_kv", &run_write_kv);
+  module.def("commit", &run_commit);
+  module.def("topk_logprobs", &run_topk_logprobs);
+}

@@ -1,0 +1,118 @@
+"""CUDA kernels on the emulator under AddressSanitizer, UndefinedBehaviorSanitizer and
+ThreadSanitizer: clean; and kernels with a planted fault, each found by name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_emulated
+import pytest
+
+BUILD = Path(__file__).resolve().parent.parent / "build" / "cmake"
+TOOLS = ("address", "thread")
+OPERATORS = ("tree_mask", "write_kv", "commit", "topk_logprobs")
+
+FAULTS = [
+    # planted fault, tool, what is reported
+    ("missing_barrier", "thread", r"data race .* in missing_barrier"),
+    ("missing_warp_barrier", "thread", r"data race .* in missing_warp_barrier"),
+    ("missing_wait", "thread", r"data race .* in pipeline<false, true>"),
+    ("write_after_read", "thread", r"data race .* in pipeline<true, false>"),
+    ("blocks_race", "thread", r"data race .* in blocks_race"),
+    ("wide_store_race", "thread", r"data race .* in wide_store_race"),
+    ("global_out_of_bounds", "address", r"heap-buffer-overflow .* in global_out_of_bounds"),
+    ("shared_out_of_bounds", "address", r"use-after-poison .* in shared_out_of_bounds"),
+    ("misaligned_pointer", "address", r"planted\.cpp:\d+:\d+: runtime error: .* misaligned"),
+    ("copy_out_of_bounds", "address", r"planted\.cpp:\d+: cp\.async: reads outside"),
+    ("misaligned_copy", "address", r"planted\.cpp:\d+: cp\.async: \S+ is not aligned"),
+    ("misaligned_load", "address", r"planted\.cpp:\d+: global access: \S+ is not aligned"),
+    ("copy_under_way_at_the_end", "address", r"thread ends with cp\.async under way"),
+    ("divergent_barrier", "address", r"__syncthreads diverges: other threads wait at"),
+    ("ended_before_a_barrier", "address", r"__syncthreads after 32 threads ended|others wait"),
+    ("lane_outside_of_its_mask", "address", r"calling lane is not in mask 0000ffff \[block 0,0,0"),
+    ("shuffle_from_outside_of_the_mask", "address", r"lane 20, which is read, is not in mask"),
+    ("missing_lanes", "address", r"__shfl_xor_sync: lane \d+ of the mask has ended"),
+    (
+        "different_warp_operations",
+        "address",
+        r"__shfl_sync: .* in __any_sync|__any_sync: .* in __s",
+    ),
+    ("warp_waits_for_a_barrier", "address", r"deadlock: 64 threads never finish"),
+    ("too_much_shared_memory", "address", r"50176 bytes of shared memory, of which 49152 are"),
+]
+
+SOUND = {"with_barrier": 2016, "with_warp_barrier": 2016, "pipeline": 32640, "last_block": 56}
+"""Kernels without a fault -> the sum of what they compute."""
+
+
+@pytest.fixture(scope="module")
+def programs() -> None:
+    """The kernels' C++ built with each tool; a second build is instant."""
+    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
+    assert cmake is not None and (BUILD / "CMakeCache.txt").exists(), "run make setup"
+    targets = [f"sanitized_{tool}" for tool in TOOLS]
+    built = subprocess.run(
+        [cmake, "--build", BUILD, "--target", *targets], capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stdout[-4000:]
+
+
+def _run(tool: str, name: str, order: str) -> tuple[int, str]:
+    program = [str(BUILD / "tests" / f"sanitized_{tool}"), name, order]
+    # Leaks are not looked for: fibers are never freed.
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=0"}
+    result = subprocess.run(
+        program, env={**os.environ, **options}, capture_output=True, text=True, check=False
+    )
+    if "unexpected memory mapping" in result.stderr:  # of address randomisation, with older tools
+        setarch = ["setarch", "-R", *program]
+        result = subprocess.run(
+            setarch, env={**os.environ, **options}, capture_output=True, text=True, check=False
+        )
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    ("tool", "order"),
+    # ThreadSanitizer finds a race in any order, and takes seconds.
+    [
+        ("address", "forward"),
+        ("address", "reverse"),
+        ("address", "random:1"),
+        ("thread", "random:1"),
+    ],
+)
+def test_kernels_are_clean(tool: str, operator: str, order: str) -> None:
+    status, output = _run(tool, operator, order)
+    assert (status, output) == (0, "done\n"), output[:4000]
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(("fault", "tool", "report"), FAULTS, ids=[f[0] for f in FAULTS])
+def test_a_planted_fault_is_found(fault: str, tool: str, report: str) -> None:
+    status, output = _run(tool, fault, "reverse")
+    assert status != 0
+    assert re.search(report, output), output[:4000]
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("name", SOUND)
+def test_nothing_is_reported_where_there_is_no_fault(name: str, tool: str) -> None:
+    for order in cuda_emulated.ORDERS:
+        assert _run(tool, name, order) == (0, f"sum {SOUND[name]}\ndone\n")
+
+
+@pytest.mark.usefixtures("programs")
+def test_what_was_not_waited_for_or_written_is_poison() -> None:
+    """Without a tool, a fault shows in the result: poison is -1 as an integer."""
+    for name, result in (("missing_wait", -256), ("uninitialised_shared", 72)):
+        assert _run("address", name, "forward") == (0, f"sum {result}\ndone\n")
