@@ -82,7 +82,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"is_decoder": True} for name in _DECODING_ENCODERS.split()},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(_KINDS_OF_LAYERS, _ROPE)},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
