@@ -7,22 +7,12 @@
 #include "../core/acceptance.hpp"
 #include "edge.hpp"
 #include "kept_law.hpp"
+#include "row_blocks.hpp"
 #include "sample.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
 
 namespace specdec::SPECDEC_ISA {
-
-struct RowLogits {
-  const void* logits;  // [V], elements `stride` apart
-  const float* bias;   // [V] or null
-  const bool* mask;    // [V] or null
-  int64_t stride;
-  int64_t bias_stride;
-  int64_t mask_stride;
-  int32_t vocab;
-  DType dtype;
-};
 
 struct RowLaw {
   float temperature = 0.0f;  // greedy unless > 0

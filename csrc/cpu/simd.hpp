@@ -229,6 +229,19 @@ inline Float load(const Half* source) {
 #endif
 }
 
+// The largest of `num` values, a multiple of kLanes, in lanes; NaN counts as -inf.
+template <class T>
+inline Float lanes_of(const T* values, int32_t num) {
+  Float best = splat(-kInfinity);
+  for (int32_t i = 0; i < num; i += kLanes) best = larger(best, load(values + i));
+  return best;
+}
+
+template <class T>
+inline float largest_of(const T* values, int32_t num) {
+  return largest(lanes_of(values, num));
+}
+
 // Lane sets for the rules of core/philox.hpp.
 struct VectorLanes {
   using Float = specdec::SPECDEC_ISA::Float;

@@ -85,15 +85,7 @@ void with_block(const T* row, int64_t stride, int32_t begin, int32_t num, float*
   function(scores);
 }
 
-// NaN counts as -inf, here and below.
-template <class T>
-float block_maximum(const T* scores) {
-  Float best = splat(-kInfinity);
-  for (int32_t i = 0; i < kBlock; i += kLanes) best = larger(best, load(scores + i));
-  return largest(best);
-}
-
-// Sum of exp(score - shift), in double across blocks.
+// Sum of exp(score - shift), in double across blocks; NaN counts as -inf.
 template <class T>
 double block_mass(const T* scores, float shift) {
   Float mass{};
@@ -131,7 +123,7 @@ void top_row(const TopkLogprobsParams& params, int64_t r, Buffers& buffers) {
   for (int32_t begin = 0; begin < params.vocab; begin += kBlock) {
     const int32_t num = params.vocab - begin < kBlock ? params.vocab - begin : kBlock;
     with_block(row, params.stride_vocab, begin, num, scores, [&](const auto* block) {
-      const float best = block_maximum(block);
+      const float best = largest_of(block, kBlock);
       if (best > shift) {
         mass = shift == -kInfinity
                    ? 0.0
