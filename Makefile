@@ -14,6 +14,7 @@ TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' '
 STAMP := $(VENV)/.installed
 
 export HF_HUB_OFFLINE := 1
+export OMP_WAIT_POLICY := passive
 export SPECDEC_WERROR := ON
 
 .PHONY: help setup demo test lint fmt bench bench-pytest
@@ -27,8 +28,8 @@ setup: $(STAMP) ## make .venv and build the kernels; a second run is instant
 demo: setup ## generate with and without speculation, side by side
 	$(BIN)/specdec generate --chat '$(PROMPT)' --max-new-tokens 160 --compare
 
-test: setup ## run the tests
-	$(BIN)/pytest $(ARGS)
+test: setup ## run the tests, on two workers
+	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup ## check style, types and formatting
 	$(BIN)/ruff check .

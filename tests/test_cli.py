@@ -52,7 +52,10 @@ def _json(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_env_names_every_backend_of_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_names_every_backend_of_every_operator(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # room for the backend that only tests have
     report = _json(["env", "--json"], capsys)
     assert report["ops"] == specdec_kernels.available()
     assert report["versions"]["specdec_kernels"] == specdec_kernels.__version__
