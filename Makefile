@@ -14,9 +14,10 @@ TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' '
 STAMP := $(VENV)/.installed
 
 export HF_HUB_OFFLINE := 1
+export OMP_WAIT_POLICY := passive
 export SPECDEC_WERROR := ON
 
-.PHONY: help setup demo test lint fmt bench bench-pytest
+.PHONY: help setup demo test lint fmt bench bench-gpu bench-pytest
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,8 +28,8 @@ setup: $(STAMP) ## make .venv and build the kernels; a second run is instant
 demo: setup ## generate with and without speculation, side by side
 	$(BIN)/specdec generate --chat '$(PROMPT)' --max-new-tokens 160 --compare
 
-test: setup ## run the tests
-	$(BIN)/pytest $(ARGS)
+test: setup ## run the tests, on two workers
+	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup ## check style, types and formatting
 	$(BIN)/ruff check .
@@ -45,6 +46,10 @@ bench: setup ## measure operators and whole generations into results/
 	mkdir -p $(RESULTS)
 	$(BIN)/specdec bench ops --json $(RESULTS)/ops.json
 	$(BIN)/specdec bench e2e --json $(RESULTS)/e2e.json
+
+bench-gpu: setup ## measure the Triton kernels on the GPU here: checked first, then timed
+	mkdir -p $(RESULTS)
+	$(BIN)/specdec bench ops --backend triton --json $(RESULTS)/ops-gpu.json
 
 bench-pytest: setup ## the operator benches under pytest-benchmark
 	$(BIN)/pytest bench $(ARGS)

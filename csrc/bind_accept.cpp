@@ -72,17 +72,16 @@ struct SamplingTensors {
 };
 
 // Memory of an output that is written only on request: [0, 0] otherwise.
-Tensor on_request(bool is_wanted, int64_t rows, int64_t columns, ScalarType dtype) {
-  return is_wanted ? empty({rows, columns}, dtype) : empty({0, 0}, dtype);
+Output on_request(bool is_wanted, int64_t rows, int64_t columns, ScalarType dtype) {
+  return is_wanted ? Output({rows, columns}, dtype) : Output({0, 0}, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_cpu(const Tensor& logits, OptionalTensor seeds,
-                                              OptionalTensor positions, OptionalTensor temperature,
-                                              OptionalTensor top_k, OptionalTensor top_p,
-                                              OptionalTensor min_p, OptionalTensor bias,
-                                              OptionalTensor mask, OptionalTensor streams,
-                                              OptionalTensor coins, int64_t num_draws,
-                                              int64_t domain, bool return_probs) {
+auto sample_cpu(const Tensor& logits, const OptionalTensor& seeds, const OptionalTensor& positions,
+                const OptionalTensor& temperature, const OptionalTensor& top_k,
+                const OptionalTensor& top_p, const OptionalTensor& min_p,
+                const OptionalTensor& bias, const OptionalTensor& mask,
+                const OptionalTensor& streams, const OptionalTensor& coins, int64_t num_draws,
+                int64_t domain, bool return_probs) {
   check_shapes("sample", {logits, seeds, positions, temperature, top_k, top_p, min_p, bias, mask,
                           streams, coins});
   const SamplingTensors sampling("sample", seeds, positions, temperature, top_k, top_p, min_p,
@@ -91,18 +90,18 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(const Tensor& logits, OptionalTens
     fail("sample: num_draws must be >= 1, and 1 with coins, got %ld", num_draws);
   }
   const int64_t rows = logits.size(0);
-  Tensor tokens = empty({rows, num_draws}, ScalarType::Long);
-  Tensor status = empty({rows}, ScalarType::Int);
-  Tensor probs = on_request(return_probs, rows, logits.size(1), ScalarType::Float);
+  Output tokens({rows, num_draws}, ScalarType::Long);
+  Output status({rows}, ScalarType::Int);
+  Output probs = on_request(return_probs, rows, logits.size(1), ScalarType::Float);
   cpu_kernels().sample({
       .sampling = sampling.params(logits, bias, mask, static_cast<Domain>(domain)),
       .coins = data<double>(sampling.coins),
-      .tokens = mutable_data<int64_t>(tokens),
-      .status = mutable_data<int32_t>(status),
-      .probs = return_probs ? mutable_data<float>(probs) : nullptr,
+      .tokens = tokens.data<int64_t>(),
+      .status = status.data<int32_t>(),
+      .probs = return_probs ? probs.data<float>() : nullptr,
       .num_draws = int32(num_draws),
   });
-  return {tokens, status, probs};
+  return released(tokens, status, probs);
 }
 
 constexpr std::array<const char*, 6> kRules = {"walk",      "token",        "block",
@@ -231,14 +230,16 @@ struct DraftTensors {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_cpu(
-    const Tensor& logits, const Tensor& tokens, const Tensor& parents, const Tensor& num_nodes,
-    OptionalTensor seeds, OptionalTensor positions, OptionalTensor temperature,
-    OptionalTensor top_k, OptionalTensor top_p, OptionalTensor min_p, OptionalTensor bias,
-    OptionalTensor mask, OptionalTensor kinds, OptionalTensor draft_rows,
-    OptionalTensor draft_probs, OptionalTensor draft_logits, OptionalTensor draft_offsets,
-    OptionalTensor coins, std::string rule_name, bool lossy, double typical_epsilon,
-    double typical_delta, bool return_logprobs, bool return_law) {
+auto verify_cpu(const Tensor& logits, const Tensor& tokens, const Tensor& parents,
+                const Tensor& num_nodes, const OptionalTensor& seeds,
+                const OptionalTensor& positions, const OptionalTensor& temperature,
+                const OptionalTensor& top_k, const OptionalTensor& top_p,
+                const OptionalTensor& min_p, const OptionalTensor& bias, const OptionalTensor& mask,
+                const OptionalTensor& kinds, const OptionalTensor& draft_rows,
+                const OptionalTensor& draft_probs, const OptionalTensor& draft_logits,
+                const OptionalTensor& draft_offsets, const OptionalTensor& coins,
+                const std::string& rule_name, bool lossy, double typical_epsilon,
+                double typical_delta, bool return_logprobs, bool return_law) {
   check_shapes("verify", {logits, tokens, parents, num_nodes, seeds, positions, temperature, top_k,
                           top_p, min_p, bias, mask, kinds, draft_rows, draft_probs, draft_logits,
                           draft_offsets, coins});
@@ -249,14 +250,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verif
   draft.check(rule);
   const SamplingTensors sampling("verify", seeds, positions, temperature, top_k, top_p, min_p,
                                  std::nullopt, coins);
-  Tensor path = empty({batch, nodes}, ScalarType::Int);
-  Tensor num_accepted = empty({batch}, ScalarType::Int);
-  Tensor next_tokens = empty({batch}, ScalarType::Long);
-  Tensor status = empty({batch}, ScalarType::Int);
-  Tensor logprobs = on_request(return_logprobs, batch, nodes, ScalarType::Float);
-  Tensor margins = on_request(return_logprobs, batch, nodes, ScalarType::Float);
-  Tensor thresholds = on_request(return_law, batch, nodes, ScalarType::Double);
-  Tensor next_law = on_request(return_law, batch, vocab, ScalarType::Double);
+  Output path({batch, nodes}, ScalarType::Int);
+  Output num_accepted({batch}, ScalarType::Int);
+  Output next_tokens({batch}, ScalarType::Long);
+  Output status({batch}, ScalarType::Int);
+  Output logprobs = on_request(return_logprobs, batch, nodes, ScalarType::Float);
+  Output margins = on_request(return_logprobs, batch, nodes, ScalarType::Float);
+  Output thresholds = on_request(return_law, batch, nodes, ScalarType::Double);
+  Output next_law = on_request(return_law, batch, vocab, ScalarType::Double);
   cpu_kernels().verify({
       .sampling = sampling.params(logits, bias, mask, Domain::kTarget),
       .draft = draft.params(),
@@ -264,14 +265,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verif
       .parents = data<int32_t>(parents),
       .num_nodes = data<int32_t>(draft.num_nodes),
       .coins = data<double>(sampling.coins),
-      .path = mutable_data<int32_t>(path),
-      .num_accepted = mutable_data<int32_t>(num_accepted),
-      .next_tokens = mutable_data<int64_t>(next_tokens),
-      .status = mutable_data<int32_t>(status),
-      .logprobs = return_logprobs ? mutable_data<float>(logprobs) : nullptr,
-      .margins = return_logprobs ? mutable_data<float>(margins) : nullptr,
-      .thresholds = return_law ? mutable_data<double>(thresholds) : nullptr,
-      .next_law = return_law ? mutable_data<double>(next_law) : nullptr,
+      .path = path.data<int32_t>(),
+      .num_accepted = num_accepted.data<int32_t>(),
+      .next_tokens = next_tokens.data<int64_t>(),
+      .status = status.data<int32_t>(),
+      .logprobs = return_logprobs ? logprobs.data<float>() : nullptr,
+      .margins = return_logprobs ? margins.data<float>() : nullptr,
+      .thresholds = return_law ? thresholds.data<double>() : nullptr,
+      .next_law = return_law ? next_law.data<double>() : nullptr,
       .stride_tokens_b = tokens.stride(0),
       .stride_tokens_n = tokens.stride(1),
       .stride_parents_b = parents.stride(0),
@@ -281,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verif
       .rule = rule,
       .nodes = int32(nodes),
   });
-  return {path, num_accepted, next_tokens, status, logprobs, margins, thresholds, next_law};
+  return released(path, num_accepted, next_tokens, status, logprobs, margins, thresholds, next_law);
 }
 
 }  // namespace

@@ -1,13 +1,17 @@
 // From torch tensors to what the kernels take.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
+#include <memory>
 #include <optional>
+#include <tuple>
 
 #include "arguments.hpp"
 #include "cpu/error.hpp"
@@ -33,8 +37,51 @@ T* mutable_data(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// A new contiguous tensor on the CPU, not initialised, on its way out of an operator. Made by the C
+// call under torch::stable::empty, which looks aten::empty up by name, and handed over as it is:
+// as a Tensor it would be counted, copied and boxed again. Together 0.7 us a tensor, of 0.8.
+class Output {
+ public:
+  Output(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    std::array<int64_t, 4> strides{};
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0;) {
+      strides[i] = stride;
+      stride *= std::max<int64_t>(sizes.begin()[i], 1);
+    }
+    AtenTensorHandle made = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+        aoti_torch_device_type_cpu(), 0, &made));
+    handle_.reset(made);
+  }
+
+  template <class T>
+  T* data() const {
+    void* first = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_.get(), &first));
+    return static_cast<T*>(first);
+  }
+
+  AtenTensorHandle release() { return handle_.release(); }
+
+ private:
+  struct Delete {
+    void operator()(AtenTensorHandle handle) const { aoti_torch_delete_tensor_object(handle); }
+  };
+
+  std::unique_ptr<AtenTensorOpaque, Delete> handle_;
+};
+
+// What an operator returns, as its box takes it.
+template <class... Outputs>
+auto released(Outputs&... outputs) {
+  return std::tuple(reinterpret_cast<StableIValue>(outputs.release())...);
+}
+
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+  return Tensor(Output(sizes, dtype).release());
 }
 
 // On the device of `like`.

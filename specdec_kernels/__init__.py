@@ -6,7 +6,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .drafters import DraftContext, Drafter, OracleDrafter, PromptLookupDrafter, RowDrafter
+from .budget import Budget, CostCurve
+from .drafters import (
+    AutoDrafter,
+    DraftContext,
+    Drafter,
+    DraftNetwork,
+    ModelDrafter,
+    OracleDrafter,
+    PromptLookupDrafter,
+    RowDrafter,
+    SampledTree,
+    SuccessorTable,
+    TokenRecyclingDrafter,
+    TopKTree,
+    Verified,
+    load_heads,
+)
 from .drafting import ProposalBuilder, SamplingParams
 from .forest import DraftNode
 from .ops import (
@@ -20,6 +36,8 @@ from .ops import (
     write_kv,
 )
 from .registry import available
+from .static_tree import best_static_tree
+from .statistics import Acceptance, DecodeStats, TotalStats
 from .tree import DraftKind, Proposal, TokenTree
 
 if TYPE_CHECKING:
@@ -27,22 +45,37 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Acceptance",
+    "AutoDrafter",
+    "Budget",
+    "CostCurve",
+    "DecodeStats",
     "DraftContext",
     "DraftKind",
+    "DraftNetwork",
     "DraftNode",
     "Drafter",
+    "ModelDrafter",
     "OracleDrafter",
     "PromptLookupDrafter",
     "Proposal",
     "ProposalBuilder",
     "RowDrafter",
+    "SampledTree",
     "SamplingParams",
     "SpeculativeDecoder",
+    "SuccessorTable",
+    "TokenRecyclingDrafter",
     "TokenTree",
+    "TopKTree",
+    "TotalStats",
+    "Verified",
     "available",
+    "best_static_tree",
     "build_tree",
     "commit",
     "generate",
+    "load_heads",
     "sample",
     "topk_logprobs",
     "tree_attention",

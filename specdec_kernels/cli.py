@@ -13,10 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from .drafter_options import (
+    Depth,
+    DrafterOptions,
+    DraftModelName,
+    DraftTemperature,
+    ExitLayer,
+    HeadsFolder,
+    Siblings,
+    Tree,
+    Width,
+)
 from .output import check_out, progress_bar, publish, status
 
 if TYPE_CHECKING:
-    from .drafters import Drafter
     from .hf.text import TextModel
 
 app = typer.Typer(
@@ -29,9 +39,19 @@ app.add_typer(bench_app, name="bench")
 
 Model = Annotated[str, typer.Option(help='"smollm2", a folder, or an id on the HuggingFace hub.')]
 Dtype = Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Type of the weights.")]
-DrafterName = Annotated[str, typer.Option("--drafter", help='Who drafts; "none" decodes plainly.')]
+DrafterName = Annotated[
+    str,
+    typer.Option(
+        "--drafter",
+        help="Who drafts: auto, suffix, token_recycling, prompt_lookup, draft, early-exit, heads; "
+        '"none" decodes plainly.',
+    ),
+]
 MaxNodes = Annotated[
     int | None, typer.Option(min=1, help="Most nodes of a draft tree, root included.")
+]
+HasBudget = Annotated[
+    bool, typer.Option("--budget/--no-budget", help="Size trees by cost, or fill them all.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
@@ -54,8 +74,21 @@ def main(arguments: list[str] | None = None) -> int:
 @app.command()
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    models: Annotated[
+        bool, typer.Option("--models", help="The architectures instead: exact, or why refused.")
+    ] = False,
 ) -> None:
     """Show which operator runs on which backend here, versions and the machine."""
+    if models:
+        from .hf.architectures import support_rows
+        from .tables import models_table
+
+        rows = support_rows()
+        if as_json:
+            print(json.dumps(dict(rows)))
+        else:
+            Console(highlight=False).print(models_table(rows))
+        return
     import importlib.util
     from importlib import metadata
 
@@ -85,8 +118,17 @@ def generate(
     model: Model = "smollm2",
     prompt: Annotated[str | None, typer.Option(help="A raw text to continue.")] = None,
     chat: Annotated[str | None, typer.Option(help="A message, put in the chat template.")] = None,
-    drafter_name: DrafterName = "prompt_lookup",
+    drafter_name: DrafterName = "auto",
     max_nodes: MaxNodes = None,
+    draft_model: DraftModelName = None,
+    exit_layer: ExitLayer = None,
+    heads: HeadsFolder = None,
+    tree: Tree = "top-k",
+    depth: Depth = None,
+    width: Width = None,
+    siblings: Siblings = "distinct",
+    draft_temperature: DraftTemperature = None,
+    budget: HasBudget = True,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 is off.")] = 0,
@@ -103,7 +145,19 @@ def generate(
         raise typer.BadParameter("give either --prompt or --chat")
     if temperature == 0 and (top_k or top_p < 1):
         raise typer.BadParameter("--top-k and --top-p need --temperature above 0")
-    drafter = _drafter(drafter_name, max_nodes)
+    options = DrafterOptions(
+        drafter_name,
+        max_nodes,
+        draft_model,
+        exit_layer,
+        heads,
+        tree,
+        depth,
+        width,
+        siblings,
+        draft_temperature,
+    )
+    options.check()
     subject = _load(model, dtype, threads)
     ids = subject.encode(text, is_chat=prompt is None, max_new_tokens=max_new_tokens)
 
@@ -114,12 +168,13 @@ def generate(
     trial = Trial(
         subject,
         ids,
-        drafter,
+        options.make(subject),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        budget=None if budget else False,
     )
     with status("warming up"):
         trial.warm_up(compare=compare)
@@ -137,6 +192,31 @@ def generate(
         typer.echo(line, err=True)
 
 
+@app.command()
+def tune(
+    model: Model = "smollm2",
+    repeats: Annotated[int, typer.Option(min=1, help="Passes timed of each size.")] = 15,
+    dtype: Dtype = "bf16",
+    threads: Threads = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Add the costs to this file, not to the cache folder's.")
+    ] = None,
+) -> None:
+    """Measure what a forward pass over n tokens costs here; draft trees are then sized by it."""
+    check_out(output)
+    subject = _load(model, dtype, threads)
+
+    from .budget import save_cost
+    from .hf.cost import cost_key, measure_cost
+    from .tables import cost_table
+
+    with progress_bar("measuring", repeats + 1) as step:
+        curve = measure_cost(subject.model, repeats=repeats, progress=step)
+    path = save_cost(cost_key(subject.model), curve, output)
+    Console(highlight=False).print(cost_table(curve.nodes, curve.seconds))
+    typer.echo(f"written to {path}", err=True)
+
+
 @bench_app.command()
 def e2e(
     model: Model = "smollm2",
@@ -150,8 +230,17 @@ def e2e(
         int | None, typer.Option(min=1, help="At most this many prompts of each, evenly spread.")
     ] = None,
     modes: Annotated[str, typer.Option(help="Comma-separated.")] = "generate,prompt_lookup,specdec",
-    drafter_name: DrafterName = "prompt_lookup",
+    drafter_name: DrafterName = "auto",
     max_nodes: MaxNodes = None,
+    draft_model: DraftModelName = None,
+    exit_layer: ExitLayer = None,
+    heads: HeadsFolder = None,
+    tree: Tree = "top-k",
+    depth: Depth = None,
+    width: Width = None,
+    siblings: Siblings = "distinct",
+    draft_temperature: DraftTemperature = None,
+    budget: HasBudget = True,
     max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "bf16",
     threads: Threads = None,
@@ -159,7 +248,19 @@ def e2e(
 ) -> None:
     """Time greedy generation prompt by prompt: plain, HuggingFace's prompt lookup, and specdec."""
     check_out(out)
-    drafter = _drafter(drafter_name, max_nodes)
+    options = DrafterOptions(
+        drafter_name,
+        max_nodes,
+        draft_model,
+        exit_layer,
+        heads,
+        tree,
+        depth,
+        width,
+        siblings,
+        draft_temperature,
+    )
+    options.check()
 
     from .bench.e2e import check_modes, read_prompts, run_e2e, select_prompts
     from .tables import e2e_table
@@ -170,12 +271,14 @@ def e2e(
         read_prompts(prompts), categories=categories or (), limit=limit_per_category
     )
     subject = _load(model, dtype, threads)
+    drafter = options.make(subject)
     with progress_bar("measuring", len(chosen) * len(chosen_modes)) as step:
         record = run_e2e(
             subject,
             chosen,
             modes=chosen_modes,
             drafter=drafter,
+            budget=None if budget else False,
             max_new_tokens=max_new_tokens,
             progress=lambda prompt, mode: step(f"{prompt.category} {prompt.question_id} {mode}"),
         )
@@ -252,17 +355,6 @@ def _root(
 def _fail(message: str, code: int) -> int:
     typer.echo(f"specdec: {' '.join(message.split())}", err=True)
     return code
-
-
-def _drafter(name: str, max_nodes: int | None) -> Drafter | None:
-    from .drafters import make_drafter
-
-    if max_nodes is None:
-        return make_drafter(name)
-    drafter = make_drafter(name, max_nodes=max_nodes)
-    if drafter is None:
-        raise typer.BadParameter(f"--max-nodes needs a drafter, got --drafter {name}")
-    return drafter
 
 
 def _load(model: str, dtype: str, threads: int | None) -> TextModel:

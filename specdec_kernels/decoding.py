@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from .acceptance import RULES
-from .drafters.base import DraftContext, Drafter
+from .budget import Budget
+from .drafters.base import DraftContext, Drafter, Verified
 from .drafting import GREEDY, SamplingParams
 from .ops import sample, verify
+from .processing import LogitsProcessing, NodeContext, decide_processed
+from .proposing import Proposer
 from .sampling import NO_SUCH_DRAW
 from .shapes import PAD
+from .statistics import DecodeStats
 from .tree import DraftKind, Proposal, TokenTree
 
 
@@ -37,36 +41,11 @@ class Target(Protocol):
         """Keep path nodes [B, N], `num_kept` [B] of each row, and drop the other nodes."""
 
 
-@dataclass(slots=True)
-class DecodeStats:
-    """What a call of `decode` did.
-
-    Attributes:
-        num_steps: verify steps of each row (forward passes while the row was active).
-        num_tokens: tokens that each row got from verify steps (the first token comes from the
-            prefill).
-        num_drafted, num_accepted: draft tokens proposed and kept, per row.
-        forward_seconds, draft_seconds, total_seconds: wall time of the batch; total includes the
-            prefill.
-    """
-
-    num_steps: list[int]
-    num_tokens: list[int]
-    num_drafted: list[int]
-    num_accepted: list[int]
-    prefill_seconds: float = 0.0
-    forward_seconds: float = 0.0
-    draft_seconds: float = 0.0
-    total_seconds: float = 0.0
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Mean tokens per row and verify step; 1.0 is plain decoding."""
-        return sum(self.num_tokens) / max(1, sum(self.num_steps))
-
-
 Listener = Callable[[int, list[int], int], None]
 """Called with (row, new tokens, how many of them, from the front, were accepted draft tokens)."""
+
+Recorder = Callable[[int, Tensor, Tensor], None]
+"""Called with (row, logits [n, V], processed logits [n, V] float32) of the row's next n tokens."""
 
 
 @dataclass(slots=True)
@@ -108,6 +87,10 @@ def decode(
     sampling: SamplingParams = GREEDY,
     rule: str | None = None,
     listener: Listener | None = None,
+    budget: Budget | None = None,
+    process: LogitsProcessing | None = None,
+    recorder: Recorder | None = None,
+    agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda decision: decision,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Continue every prompt as the target alone would.
 
@@ -122,47 +105,56 @@ def decode(
         rule: a lossless rule of `verify` for all rows; None tests each row that has sampled drafts
             by `traversal` and the others by `walk`.
         listener: receives tokens as they are committed.
+        budget: limits trees to what pays; None leaves them to the drafter.
+        process: changes the logits before they are filtered and sampled.
+        recorder: receives the logits of every token that is appended.
+        agree: makes all processes of a distributed target decide alike: given the tensors of a
+            decision, returns those that all go by.
 
     Returns:
-        the sequences, prompts included, and statistics.
+        the sequences, prompts included, and statistics. A drafter that raises, or proposes what is
+        no tree over the vocabulary, is warned of and noted there, and its step decodes plainly.
 
     Raises:
-        ValueError: a proposal that is not a tree over the vocabulary, naming the drafter; an
-            unknown or lossy rule, or one that cannot test the drafts.
+        ValueError: an unknown or lossy rule, or one that cannot test the drafts.
         ArithmeticError: a target row without finite logit, a draft token without mass in its law.
     """
     check_rule(rule)
     start = time.perf_counter()
-    batch = len(prompts)
     rows = _Rows([list(p) for p in prompts], max_lengths, should_stop, listener)
-    stats = DecodeStats([0] * batch, [0] * batch, [0] * batch, [0] * batch)
-    if drafter is not None:
-        drafter.begin(batch)
-    logits = target.prefill(prompts)
-    positions = torch.tensor([len(p) for p in prompts], device=target.device)
-    drawn, status, _ = sample(logits, positions=positions, **sampling.arguments())
-    _check_status(status, rows.sequences, drafter)
-    for row, token in enumerate(drawn[:, 0].tolist()):
-        rows.push(row, [token])
+    stats = DecodeStats.start(len(prompts))
+    proposer = Proposer(drafter, stats, budget)
+    proposer.begin(len(prompts))
+    _prefill(target, proposer, rows, sampling, process, recorder, agree)
     stats.prefill_seconds = time.perf_counter() - start
 
     while any(rows.active):
-        before = time.perf_counter()
-        proposal = _propose(drafter, rows, target, sampling)
-        drafted = time.perf_counter()
+        proposal = proposer.propose(_context(rows, target, sampling, budget))
         tree = proposal.tree
+        drafted = time.perf_counter()
         logits = target.forward(tree)
         forwarded = time.perf_counter()
         positions = torch.tensor([len(s) - 1 for s in rows.sequences], device=target.device)
-        results = _verify(rule, logits, proposal, positions, sampling)
-        path, num_accepted, next_tokens, status = results
-        _check_status(status, rows.sequences, drafter)
+        results, scored = _decide(process, rule, logits, proposal, positions, sampling, rows)
+        path, num_accepted, next_tokens, status = agree(results)
+        _check_status(status, rows.sequences, proposer)
+        before = sum(stats.num_accepted)
         kept = _push_step(rows, stats, tree, path, num_accepted, next_tokens)
+        if recorder is not None:
+            for row, count in enumerate(kept):
+                nodes = path[row, :count].long()
+                if count:
+                    recorder(row, logits[row, nodes], scored(row, nodes))
         # Stop rules come first: tokens after a stop are never committed.
         target.commit(path, torch.tensor(kept, dtype=torch.int32, device=target.device))
-        stats.draft_seconds += drafted - before
         stats.forward_seconds += forwarded - drafted
+        stats.verify_seconds += time.perf_counter() - forwarded
+        paths = [p[:k] for p, k in zip(path.tolist(), kept, strict=True)]
+        proposer.observe(Verified(tree, logits, paths, rows.sequences))
+        num_new = sum(stats.num_accepted) - before
+        proposer.record(proposal, num_new, forwarded - drafted)
 
+    proposer.end(rows.sequences, [len(p) for p in prompts])
     stats.total_seconds = time.perf_counter() - start
     return rows.sequences, stats
 
@@ -172,6 +164,31 @@ def check_rule(rule: str | None) -> None:
     lossless = [name for name in RULES if name != "typical"]
     if rule is not None and rule not in lossless:
         raise ValueError(f"rule must be None or one of {', '.join(lossless)}, got {rule!r}")
+
+
+def _decide(
+    process: LogitsProcessing | None,
+    rule: str | None,
+    logits: Tensor,
+    proposal: Proposal,
+    positions: Tensor,
+    sampling: SamplingParams,
+    rows: _Rows,
+) -> tuple[tuple[Tensor, ...], Callable[[int, Tensor], Tensor]]:
+    """The decision, and the processed logits of path nodes by row."""
+    if process is None:
+        results = _verify(rule, logits, proposal, positions, sampling)
+        return results, lambda row, nodes: logits[row, nodes].float()
+    return decide_processed(
+        process,
+        lambda processed, drafts: _verify(rule, processed, drafts, positions, sampling),
+        logits,
+        proposal,
+        positions,
+        sampling,
+        rows.sequences,
+        walks=rule in (None, "walk"),
+    )
 
 
 def _verify(
@@ -221,7 +238,7 @@ def _push_step(
     """Append what a step emitted; path nodes to keep per row."""
     along = tree.tokens.gather(1, path.long().clamp_min(0)).tolist()
     accepted, following = num_accepted.tolist(), next_tokens.tolist()
-    sizes = tree.num_nodes.tolist()
+    sizes, parents, paths = tree.num_nodes.tolist(), tree.parents.tolist(), path.tolist()
     kept = []
     for row, active in enumerate(list(rows.active)):
         if not active:
@@ -234,63 +251,52 @@ def _push_step(
         stats.num_tokens[row] += count
         stats.num_drafted[row] += sizes[row] - 1
         stats.num_accepted[row] += min(count, accepted[row])
+        stats.acceptance.count(parents[row][: sizes[row]], paths[row][: accepted[row] + 1])
     return kept
 
 
-def _propose(
-    drafter: Drafter | None, rows: _Rows, target: Target, sampling: SamplingParams
-) -> Proposal:
-    sequences, active = rows.sequences, rows.active
-    roots = [([s[-1]], [PAD]) if a else ([], []) for s, a in zip(sequences, active, strict=True)]
-    if drafter is None:
-        return Proposal.onehot(roots, target.device)
+def _prefill(
+    target: Target,
+    proposer: Proposer,
+    rows: _Rows,
+    sampling: SamplingParams,
+    process: LogitsProcessing | None,
+    recorder: Recorder | None,
+    agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+) -> None:
+    """Fill the cache, and push the first token of every row."""
+    logits = target.prefill(rows.sequences)
+    lasts = [([s[-1]], [PAD]) for s in rows.sequences]
+    positions = torch.tensor([len(s) for s in rows.sequences], device=target.device)
+    contexts = [NodeContext(b, sequence) for b, sequence in enumerate(rows.sequences)]
+    scores = logits if process is None else process(logits.to(torch.float32, copy=True), contexts)
+    drawn, status, _ = sample(scores, positions=positions, **sampling.arguments())
+    drawn, status = agree((drawn, status))
+    _check_status(status, rows.sequences, proposer)
+    for row, token in enumerate(drawn[:, 0].tolist()):
+        if recorder is not None:
+            recorder(row, logits[row : row + 1], scores[row : row + 1].float())
+        rows.push(row, [token])
+    tree = TokenTree.from_rows(lasts, target.device)
+    proposer.observe(Verified(tree, logits[:, None], [[0]] * len(lasts), rows.sequences))
+
+
+def _context(
+    rows: _Rows, target: Target, sampling: SamplingParams, budget: Budget | None
+) -> DraftContext:
+    sequences = rows.sequences
     depths = [m - len(s) - 1 for m, s in zip(rows.max_lengths, sequences, strict=True)]
-    context = DraftContext(sequences, active, depths, target.device, target.vocab_size, sampling)
-    name = type(drafter).__name__
-    try:
-        proposal = drafter.propose(context)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    _check_proposal(name, drafter, proposal, context, target.vocab_size)
-    return proposal
+    return DraftContext(
+        sequences, rows.active, depths, target.device, target.vocab_size, sampling, budget
+    )
 
 
-def _check_proposal(
-    name: str, drafter: Drafter, proposal: Proposal, context: DraftContext, vocab_size: int
-) -> None:
-    tree = proposal.tree
-    batch, nodes = tree.tokens.shape
-    if batch != len(context.sequences) or nodes > drafter.max_nodes:
-        raise ValueError(
-            f"{name}: tree.tokens must be [B, N] with B = {len(context.sequences)} and "
-            f"N <= max_nodes = {drafter.max_nodes}, got {[batch, nodes]}"
-        )
-    rows = zip(tree.tokens.tolist(), tree.num_nodes.tolist(), strict=True)
-    for b, (tokens, size) in enumerate(rows):
-        if not context.active[b]:
-            expected, rule = size == 0, "num_nodes must be 0 in a finished row"
-        else:
-            root = context.sequences[b][-1]
-            expected = 1 <= size <= nodes and tokens[0] == root
-            rule = f"node 0 must be the last committed token {root}"
-        if not expected:
-            raise ValueError(f"{name}: row {b}: {rule}, got {size} nodes {tokens[:4]}")
-        for i, token in enumerate(tokens[:size]):
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"{name}: row {b}: tokens[{i}] must be in [0, V) = [0, {vocab_size}), "
-                    f"got {token}"
-                )
-
-
-def _check_status(
-    status: Tensor, sequences: Sequence[Sequence[int]], drafter: Drafter | None
-) -> None:
+def _check_status(status: Tensor, sequences: Sequence[Sequence[int]], proposer: Proposer) -> None:
     for row, value in enumerate(status.tolist()):
         length = len(sequences[row])
         if value == NO_SUCH_DRAW:
             raise ArithmeticError(
-                f"{type(drafter).__name__}: row {row}: a draft token after token {length} has no "
+                f"{proposer.name}: row {row}: a draft token after token {length} has no "
                 "mass in the law recorded for it"
             )
         if value:

@@ -24,13 +24,18 @@ can be has a normal float32 probability in the recorded law.
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Per-row sampling parameters, each [B] or None, as in `ops.sample`; all None is greedy."""
+    """Per-row sampling parameters, each [B] or None, as in `ops.sample`; all None is greedy.
+
+    Attributes:
+        bias: [B, V] float32, the only one that is not [B].
+    """
 
     seeds: Tensor | None = None
     temperature: Tensor | None = None
     top_k: Tensor | None = None
     top_p: Tensor | None = None
     min_p: Tensor | None = None
+    bias: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `sample` and `verify`."""

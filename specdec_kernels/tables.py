@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Column, Table
@@ -31,10 +32,18 @@ def facts_table(facts: dict[str, Any]) -> Table:
     return table
 
 
+def models_table(rows: list[tuple[str, str]]) -> Table:
+    """Architecture and "exact", or the reason for refusing it."""
+    table = Table("architecture", Column("token trees", overflow="fold"))
+    for name, answer in rows:
+        table.add_row(name, Text(answer, "green" if answer == "exact" else "dim"))
+    return table
+
+
 def e2e_table(record: dict[str, Any]) -> Table:
     """One section per category, one row per mode; below, how close the texts that part were."""
     summary = record["summary"]
-    numbers = _numbers("tok/s", "speedup", "tokens/step", "agreement")
+    numbers = _numbers("tok/s", "speedup", "tokens/step", "mean", "agreement")
     table = Table("category", "mode", *numbers, caption=_partings(record["prompts"]))
     categories = list(next(iter(summary.values())))
     for category in (*(c for c in categories if c != "all"), "all"):
@@ -46,6 +55,7 @@ def e2e_table(record: dict[str, Any]) -> Table:
                 f"{row['tok_s']:.1f}",
                 f"{row['speedup']:.2f}x",
                 f"{row['tokens_per_step']:.2f}",
+                f"{row['mean_tokens_per_step']:.2f}",
                 f"{row['agreement']:.0%}",
             )
         table.add_section()
@@ -71,6 +81,14 @@ def ops_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['baseline_us']:.1f}",
             f"{row['ratio']:.2f}x",
         )
+    return table
+
+
+def cost_table(nodes: Sequence[int], seconds: Sequence[float]) -> Table:
+    """Time of a forward pass by its number of tokens."""
+    table = Table(*_numbers("tokens", "ms", "against 1"))
+    for size, time in zip(nodes, seconds, strict=True):
+        table.add_row(str(size), f"{time * 1e3:.2f}", f"{time / seconds[0]:.2f}x")
     return table
 
 
@@ -101,7 +119,12 @@ def generation_lines(report: dict[str, Any], dtype: str) -> list[str]:
         f"{stats['tokens_per_step']:.2f} tokens per step, "
         f"{stats['num_accepted']} of {stats['num_drafted']} draft tokens accepted",
         f"{stats['tok_s']:.1f} tok/s with speculation",
+        f"{stats['draft_seconds']:.2f} s drafting, {stats['forward_seconds']:.2f} s in the model, "
+        f"{stats['verify_seconds']:.2f} s verifying; accepted by depth: "
+        + (" ".join(f"{share:.0%}" for share in stats["acceptance_by_depth"][:8]) or "none tested"),
     ]
+    if stats["num_failures"]:
+        lines.append(f"the drafter failed {stats['num_failures']} times: {stats['failures'][0]}")
     if compare is not None:
         lines[1] += f", {compare['tok_s']:.1f} without: {compare['speedup']:.2f}x"
         lines.append(_agreement_line(compare["divergence"], dtype))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specdec_kernels.registry import INTERPRETS_TRITON
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))  # more than cores would spin
 
 if INTERPRETS_TRITON and importlib.util.find_spec("triton") is not None:
     import triton_checks
@@ -30,14 +31,14 @@ if INTERPRETS_TRITON and importlib.util.find_spec("triton") is not None:
 cuda_emulated.install()
 
 
-def make_tiny_model(**options: object) -> PreTrainedModel:
+def make_tiny_model(num_layers: int = 3, **options: object) -> PreTrainedModel:
     """A random Llama whose greedy text does not repeat itself."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=101,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -65,20 +66,19 @@ def smollm2():
     return load_model("smollm2", dtype=torch.float32)
 
 
-_REPORTS: list[str] = []
-
-
 @pytest.fixture
-def report():
+def report(record_property):
     """Add a line of measured facts to the end of the test run."""
-    return _REPORTS.append
+    return partial(record_property, "measured")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what tests reported, and every skip with its reason: nothing is skipped in silence."""
-    if _REPORTS:
+    done = [r for name in ("passed", "failed") for r in terminalreporter.stats.get(name, [])]
+    lines = [value for r in done for key, value in r.user_properties if key == "measured"]
+    if lines:
         terminalreporter.section("measured")
-        for line in _REPORTS:
+        for line in lines:
             terminalreporter.write_line(line)
     for skipped in terminalreporter.stats.get("skipped", []):
         terminalreporter.write_line(f"SKIPPED {skipped.nodeid}: {skipped.longrepr[-1]}", red=True)

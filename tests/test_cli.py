@@ -9,19 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cuda_emulated
 import pytest
 import torch
 from byte_model import greedy_tokens, save_byte_model
+from head_checkpoints import save_medusa
 from rich.console import Console
 from transformers.utils import logging
 
 import specdec_kernels
-from specdec_kernels import display, registry
+from specdec_kernels import display
 from specdec_kernels.cli import main
 from specdec_kernels.hf.text import TextModel
 
 FP32 = ["--dtype", "fp32"]
+EXIT = ["generate", "--prompt", "a", "--drafter", "early-exit", "--exit-layer"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def _json(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
 def test_env_names_every_backend_of_every_operator(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(registry.BACKENDS, cuda_emulated.BACKEND, raising=False)  # of tests only
+    monkeypatch.setenv("COLUMNS", "160")  # room for the backend that only tests have
     report = _json(["env", "--json"], capsys)
     assert report["ops"] == specdec_kernels.available()
     assert report["versions"]["specdec_kernels"] == specdec_kernels.__version__
@@ -85,6 +86,32 @@ def test_generate_writes_the_tokens_of_generate(
     assert (stats["num_accepted"] > 0) == (stats["num_steps"] < 47) == (drafter != "none")
     assert compare["agrees"] and compare["divergence"] is None
     assert compare["speedup"] == pytest.approx(stats["tok_s"] / compare["tok_s"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--drafter", "early-exit", "--exit-layer", "1"],
+        ["--drafter", "early-exit", "--exit-layer", "1", "--tree", "2-1", "--siblings", "greedy"],
+        ["--drafter", "draft", "--draft-model", "FOLDER", "--depth", "3", "--width", "2"],
+        ["--drafter", "draft", "--draft-model", "FOLDER", "--tree", "1-1-1"],
+        ["--drafter", "heads", "--heads", "HEADS", "--max-nodes", "6"],
+    ],
+)
+def test_networks_draft_on_the_command_line(
+    folder: Path,
+    subject: TextModel,
+    options: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_medusa(tmp_path, 64, subject.model.config.vocab_size)
+    places = {"FOLDER": str(folder), "HEADS": str(tmp_path)}
+    request = ["--prompt", "abcabc", "--max-new-tokens", "20", "--json", "--model", str(folder)]
+    report = _json(["generate", *request, *FP32, *[places.get(o, o) for o in options]], capsys)
+    assert report["tokens"] == greedy_tokens(subject, "abcabc", 20)
+    assert report["stats"]["num_drafted"] > 0
+    assert ("FOLDER" in options) <= (report["stats"]["tokens_per_step"] > 2)
 
 
 def test_chat_goes_through_the_template(
@@ -168,6 +195,17 @@ def test_a_terminal_shows_accepted_tokens_in_green(no_color: bool) -> None:
         (
             ["generate", "--prompt", "a", "--drafter", "none", "--max-nodes", "4"],
             r"needs a drafter",
+        ),
+        (["generate", "--prompt", "a", "--drafter", "draft"], r"draft needs --draft-model"),
+        (["generate", "--prompt", "a", "--exit-layer", "1"], r"does not take --exit-layer"),
+        (["generate", "--prompt", "a", "--tree", "2-1"], r"--tree needs --drafter draft,"),
+        ([*EXIT, "9"], r"exit layer must be in \[1, 1\] .*got 9"),
+        ([*EXIT, "1", "--tree", "2-x"], r"--tree must be .* got '2-x'"),
+        ([*EXIT, "1", "--tree", "2-1", "--depth", "3"], r"--depth and --width need --tree top-k"),
+        ([*EXIT, "1", "--siblings", "greedy"], r"need a sampled --tree"),
+        (
+            ["generate", "--prompt", "a", "--drafter", "heads", "--heads", "/absent"],
+            r"/absent: no such folder",
         ),
         (["generate", "--prompt", "a", "--model", "/absent"], r"cannot load '/absent'"),
         (["generate", "--prompt", "a", "--bogus"], r"No such option: --bogus"),

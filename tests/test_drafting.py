@@ -4,10 +4,9 @@ the rule and the rest of the batch.
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from laws import chi_square
 from prompts import left_pad, random_prompts
 from torch import Tensor
 from toy_target import ToyDrafter, ToyTarget
@@ -189,19 +188,8 @@ def _chi_square(
         sampling=_sampling(list(range(num_rows)), [1.0] * num_rows),
         rule=rule,
     )
-    shape = (target.vocab_size,) * num
-    counts = torch.zeros(shape, dtype=torch.float64)
     emitted = torch.tensor(sequences)[:, len(prompt) :]
-    counts.index_put_(tuple(emitted.T), torch.ones((), dtype=torch.float64), accumulate=True)
-    expected = _exact_law(target, prompt, num) * num_rows
-    rare = expected < 5
-    want = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    got = torch.cat([counts[~rare], counts[rare].sum()[None]])
-    want, got = want[want > 0], got[want > 0]
-    degrees = len(want) - 1
-    spread = 2 / (9 * degrees)
-    bound = degrees * (1 - spread + 4.75 * math.sqrt(spread)) ** 3  # Wilson and Hilferty, 1e-6
-    return float(((got - want) ** 2 / want).sum()), bound
+    return chi_square(emitted, _exact_law(target, prompt, num))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -40,7 +40,8 @@ def _cases() -> list[Any]:
                 for dtype in DTYPES if _has_float_inputs(operator) else DTYPES[:1]:
                     sizes = "_".join(f"{k}{v}" for k, v in case.items())
                     name = f"{operator.name}-{backend}-{sizes}-{str(dtype)[6:]}"
-                    rows.append(pytest.param(operator, backend, case, dtype, id=name))
+                    marks = [pytest.mark.gpu] if BACKENDS[backend] == "cuda" else []
+                    rows.append(pytest.param(operator, backend, case, dtype, id=name, marks=marks))
     return rows
 
 
@@ -52,18 +53,19 @@ def _tensors(values: Any) -> list[Tensor]:
     return []
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: Any, device: str = "cpu") -> Any:
     """A deep copy that keeps strides."""
     if isinstance(value, Tensor):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
+        like = {"dtype": value.dtype, "device": device}
+        return torch.empty_strided(value.shape, value.stride(), **like).copy_(value)
     if isinstance(value, list):
-        return [_copy(v) for v in value]
+        return [_copy(v, device) for v in value]
     return value
 
 
 def _compare(operator: Op, dtype: torch.dtype, got: list[Tensor], want: list[Tensor]) -> None:
     assert len(got) == len(want)
-    for g, w in zip(got, want, strict=True):
+    for g, w in zip((g.cpu() for g in got), want, strict=True):
         assert g.shape == w.shape and g.dtype == w.dtype
         if operator.tolerance is None or not w.is_floating_point():
             torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
@@ -100,8 +102,9 @@ def test_backend_equals_the_reference(
     operator: Op, backend: str, case: dict[str, Any], dtype: torch.dtype, seed: int
 ) -> None:
     inputs = operator.inputs(**case, dtype=dtype, seed=seed)
+    device = BACKENDS[backend].replace("any", "cpu")
     mine, theirs = (
-        {k: _copy(v) for k, v in inputs.items()},
+        {k: _copy(v, device) for k, v in inputs.items()},
         {k: _copy(v) for k, v in inputs.items()},
     )
     with _program_order(backend, seed):
@@ -113,7 +116,8 @@ def test_backend_equals_the_reference(
             _compare(operator, dtype, _tensors(mine[name]), _tensors(theirs[name]))
         else:
             for before, after in zip(_tensors(value), _tensors(mine[name]), strict=True):
-                assert torch.equal(before.nan_to_num(), after.nan_to_num()), f"{name} was changed"
+                same = torch.equal(before.nan_to_num(), after.cpu().nan_to_num())
+                assert same, f"{name} was changed"
 
 
 @pytest.mark.parametrize("operator", OPS.values(), ids=list(OPS))
@@ -182,6 +186,10 @@ def _is_bound_elsewhere(operator: Op, inputs: dict[str, Any], spec: Any, dim: st
     )
 
 
+def _on_cpu_tensors(operator: Op) -> list[str]:
+    return [b for b in BACKENDS if BACKENDS[b] != "cuda" and operator.why_absent(b) is None]
+
+
 @pytest.mark.parametrize("operator", OPS.values(), ids=list(OPS))
 def test_wrong_shapes_and_dtypes_are_named(operator: Op) -> None:
     rows = _wrong_inputs(operator)
@@ -189,7 +197,7 @@ def test_wrong_shapes_and_dtypes_are_named(operator: Op) -> None:
         1 for s in operator.shapes if operator.inputs(**operator.cases[1]).get(s.name) is not None
     )
     for argument, rule, inputs in rows:
-        for backend in ("reference", *(b for b in ("cpu",) if operator.why_absent(b) is None)):
+        for backend in _on_cpu_tensors(operator):
             with pytest.raises(ValueError, match=rf"^{operator.name}: \w+ must be ") as caught:
                 operator(**inputs, backend=backend)
             # A size is bound by whichever argument comes first, so the message may name its

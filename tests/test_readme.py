@@ -1,4 +1,4 @@
-"""The examples of the README run as they stand."""
+"""The examples of the README and of the guide run as they stand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), flags=re.DOTALL)
 
 
@@ -30,3 +31,10 @@ def test_the_drafter_of_the_second_example_drafts(tiny_model) -> None:
     output = tiny_model.generate(**left_pad([row]), max_new_tokens=20, custom_generate=decoder)
     assert output[0].tolist() == greedy(tiny_model, row, 20)
     assert sum(decoder.stats.num_drafted) > 20
+
+
+def test_the_one_line_change_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (ROOT / "docs" / "generation.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    exec(compile(block, "generation.md", "exec"), {})
+    assert "three, four, five, six" in capsys.readouterr().out

@@ -12,7 +12,14 @@ from prompts import left_pad
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec_kernels import Drafter, OracleDrafter, PromptLookupDrafter, SpeculativeDecoder
+from specdec_kernels import (
+    AutoDrafter,
+    Drafter,
+    OracleDrafter,
+    PromptLookupDrafter,
+    SpeculativeDecoder,
+)
+from specdec_kernels.drafters import DRAFTERS, make_drafter
 
 NEW = 96
 NEAR_TIE = 0.25  # logits: a few bfloat16 steps at the size of a top logit
@@ -56,8 +63,8 @@ def truth(model: PreTrainedModel, prompts: list[Tensor]) -> list[list[int]]:
 
 
 def _drafter(kind: str, nodes: int, truth: list[list[int]], vocab: int) -> Drafter:
-    if kind == "prompt_lookup":
-        return PromptLookupDrafter(nodes)
+    if kind != "oracle":
+        return make_drafter(kind, max_nodes=nodes)
     return OracleDrafter(truth, vocab, max_nodes=nodes, max_hidden=min(12, nodes - 2))
 
 
@@ -70,8 +77,9 @@ def _assert_equal(
 ) -> float:
     """Tokens per step of one batch whose rows must all equal plain decoding."""
     inputs = left_pad([prompts[i] for i in chosen], model.generation_config.pad_token_id)
-    decoder = SpeculativeDecoder(drafter)
+    decoder = SpeculativeDecoder(drafter, budget=False)
     output = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, custom_generate=decoder)
+    assert decoder.stats.num_failures == 0
     for i, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
         assert row == truth[i][len(prompts[i]) : len(prompts[i]) + NEW], f"prompt {i}"
     return decoder.stats.tokens_per_step
@@ -83,7 +91,8 @@ def _batches(num_prompts: int, batch: int) -> list[list[int]]:
     return [[i % num_prompts for i in range(start, start + batch)] for start in starts]
 
 
-DRAFTS = [(kind, nodes) for nodes in (70, 8, 32) for kind in ("oracle", "prompt_lookup")]
+KINDS = ("oracle", *(name for name in DRAFTERS if name != "none"))
+DRAFTS = [(kind, nodes) for nodes in (70, 8, 32) for kind in KINDS]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5])
@@ -128,6 +137,7 @@ def test_seeded_sampling_equals_plain_sampling(model, prompts, temperature: floa
     truth = [p[0].tolist() for p in plain]
     for drafter in (
         PromptLookupDrafter(16, min_probability=0.0),
+        AutoDrafter(16),
         OracleDrafter(truth, model.config.vocab_size, max_nodes=32),
     ):
         for chosen in ([0], [1, 2, 3], [3, 0]):
@@ -160,10 +170,11 @@ def test_bf16_parts_from_generate_only_at_near_ties(
     model.generation_config.eos_token_id = None
     parted, gaps = 0, []
     truth = _plain(model, prompts, NEW)
-    for drafter in (
-        PromptLookupDrafter(16),
+    drafters = (
+        AutoDrafter(16),
         OracleDrafter(truth, model.config.vocab_size, max_nodes=32),
-    ):
+    )
+    for drafter in drafters:
         decoder = SpeculativeDecoder(drafter)
         for row, want in zip(prompts, truth, strict=True):
             inputs = left_pad([row])

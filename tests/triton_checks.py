@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +81,7 @@ class _State:
     views: list[_View] = field(default_factory=list)
     allowed: list[tuple[str, Tensor]] = field(default_factory=list)
     traffic: dict[str, Traffic] | None = None
+    patched: set[frozenset[int]] = field(default_factory=set)
 
 
 _state = _State()
@@ -242,7 +243,8 @@ def _check(kind: str, pointers: TensorHandle, mask: TensorHandle | None) -> None
     """Raise if this access is not one that a GPU program may make."""
     addresses = np.asarray(pointers.data).ravel().astype(np.int64)
     if mask is not None:
-        addresses = addresses[np.broadcast_to(mask.data, np.shape(pointers.data)).ravel()]
+        lanes = np.asarray(mask.data).astype(bool)  # the interpreter keeps some in wider integers
+        addresses = addresses[np.broadcast_to(lanes, np.shape(pointers.data)).ravel()]
     if not addresses.size:
         return
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -315,6 +317,7 @@ def _watch_launches() -> None:
         _state.views = list(_views([*zip(self.arg_names, on_host, strict=False), *named.items()]))
         _state.programs = ()
         _state.launches += 1
+        _state.patched.clear()
         return on_host, named
 
     def set_grid_idx(self: Any, x: int, y: int, z: int) -> None:
@@ -326,6 +329,25 @@ def _watch_launches() -> None:
         place(self, number // (ny * nz), number // nz % ny, number % nz)
 
     executor._init_args_hst, builder.set_grid_idx = init_args, set_grid_idx
+    interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
+
+
+def _once_a_launch(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The interpreter patches all of triton.language at every call of a device function, which can
+    take longer than the function; patched for a launch, it stays so until the launch ends.
+    """
+    seen: dict[Any, frozenset[int]] = {}
+
+    def patch_language(function: Any) -> Any:
+        if function not in seen:
+            values = function.__globals__.values()
+            seen[function] = frozenset(id(v) for v in values if v is tl or v is tl.core)
+        if seen[function] in _state.patched:
+            return None
+        _state.patched.add(seen[function])
+        return patch(function)
+
+    return patch_language
 
 
 def _permutation(num: int) -> Sequence[int]:

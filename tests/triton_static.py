@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ CASES: dict[str, tuple[dict[str, Any], ...]] = {
     "tree_mask": ({"B": 2, "N": 64},),
     "write_kv": ({**_CACHE, "N": 16, "D": 128}, {**_CACHE, "N": 16, "D": 128, "page_size": 16}),
     "commit": (
-        {**_CACHE, "N": 16, "L": 4, "D": 128},
+        {**_CACHE, "N": 16, "L": 4, "D": 128, "F": 4096},
         {**_CACHE, "N": 16, "L": 4, "D": 128, "page_size": 16},
     ),
     "tree_attention": (
@@ -213,6 +214,7 @@ def report(target: str, op: str) -> Iterator[dict[str, Any]]:
                     "target": target,
                     "is_aligned": is_aligned,
                     "warps": kernel.metadata.num_warps,
+                    "contracted": len(re.findall(r"fma\.rn\S*\.f32", kernel.asm.get("ptx", ""))),
                     **asdict(inspect(kernel)),
                 }
 

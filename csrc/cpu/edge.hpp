@@ -1,4 +1,4 @@
-// The score at which a filter cuts a row, by weighted selection instead of a sort.
+// The score at which a filter cuts a row: bisection over the order of floats, without a sort.
 #pragma once
 
 #include <cstdint>
@@ -8,66 +8,74 @@
 
 namespace specdec::SPECDEC_ISA {
 
-// Weight of a token for top-k.
+// Floats in their order, as integers; and back. Not for NaN.
+inline int64_t rank(float x) {
+  const int32_t bits = bit_cast<int32_t>(x);
+  return bits ^ ((bits >> 31) & INT32_MAX);
+}
+
+inline float unrank(int64_t rank) {
+  const int32_t bits = static_cast<int32_t>(rank);
+  return bit_cast<float>(bits ^ ((bits >> 31) & INT32_MAX));
+}
+
+// Weight of tokens for top-k. `values` are padded with -inf to whole registers.
 struct Count {
-  double operator()(const float*, int32_t num) const { return num; }
+  const float* values;
+  int32_t num;
+
+  double above(float edge) const {
+    Int count{};
+    for (int32_t i = 0; i < num; i += kLanes) count -= load(values + i) > edge;
+    return sum(count);
+  }
+
+  double total() const { return num; }
 };
 
-// Weight of a token for top-p: the sum of exp(value - largest).
+// Weight of tokens for top-p: exp(value - largest), which `weights` receives.
 struct Mass {
-  double largest;
+  const float* values;
+  int32_t num;
+  const double* weights;
+  double sum_of_weights;
 
-  double operator()(const float* values, int32_t num) const {
-    constexpr int32_t kHalf = kLanes / 2;
+  double above(float edge) const {
     Double total{};
-    HalfFloat lanes;
-    int32_t i = 0;
-    for (; i + kHalf <= num; i += kHalf) {
-      std::memcpy(&lanes, values + i, sizeof lanes);
-      total += exp(__builtin_convertvector(lanes, Double) - largest);
-    }
-    if (i < num) {
-      lanes = HalfFloat{} - kInfinity;
-      for (int32_t lane = 0; i + lane < num; ++lane) lanes[lane] = values[i + lane];
-      total += exp(__builtin_convertvector(lanes, Double) - largest);
+    for (int32_t i = 0; i < num; i += kLanes / 2) {
+      const auto is_above = __builtin_convertvector(load_half(values + i) > edge, Long);
+      total += is_above ? load(weights + i) : Double{};
     }
     return sum(total);
   }
+
+  double total() const { return sum_of_weights; }
 };
 
-// The smallest of `values` such that those strictly larger weigh less than `target` > 0 in total;
-// reorders `values`.
-template <class Weight>
-float edge_of(float* values, int32_t num, double target, Weight weight) {
-  double above = 0.0;  // weight of everything larger than `values`; below target
-  float edge = kInfinity;
-  while (num > 0) {
-    const float pivot = values[num / 2];
-    int32_t equal = 0, smaller = num;  // values end up as [larger | equal | smaller]
-    for (int32_t i = 0; i < smaller;) {
-      const float value = values[i];
-      if (value > pivot) {
-        values[i++] = values[equal];
-        values[equal++] = value;
-      } else if (value < pivot) {
-        values[i] = values[--smaller];
-        values[smaller] = value;
-      } else {
-        ++i;
-      }
-    }
-    const double larger = above + weight(values, equal);
-    if (larger >= target) {
-      num = equal;
-      continue;
-    }
-    edge = pivot;
-    above = larger + weight(values + equal, smaller - equal);
-    if (above >= target) break;
-    values += smaller;
-    num -= smaller;
+inline Mass weigh(const float* values, int32_t num, double largest, double* weights) {
+  Double total{};
+  for (int32_t i = 0; i < num; i += kLanes / 2) {
+    const Double weight = exp(__builtin_convertvector(load_half(values + i), Double) - largest);
+    std::memcpy(weights + i, &weight, sizeof weight);
+    total += weight;
   }
-  return edge;
+  return {values, num, weights, sum(total)};
+}
+
+// The smallest value such that those strictly larger weigh less than `target` > 0 in total; `least`
+// and `most` bound the values. Stops within `slack` ranks below it.
+template <class Weight>
+float edge_of(const Weight& weight, float least, float most, double target, int64_t slack = 0) {
+  int64_t low = rank(least), high = rank(most);
+  while (high - low > slack) {
+    const int64_t middle = low + (high - low) / 2;
+    if (weight.above(unrank(middle)) < target) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return unrank(low);
 }
 
 }  // namespace specdec::SPECDEC_ISA

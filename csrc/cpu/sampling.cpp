@@ -20,67 +20,18 @@
 namespace specdec::SPECDEC_ISA {
 namespace {
 
-constexpr int32_t kBlock = 256;
 constexpr int32_t kGroup = 4 * kLanes;  // tokens whose noise is drawn together
 constexpr int32_t kMaxChunks = 64;      // of a row shared among threads
-constexpr int64_t kBlocksPerThread = 256;
+constexpr int64_t kBlocksPerThread = 65536 / kBlock;
+constexpr int64_t kRoughly = 1 << 16;   // ranks: 2^-7 of a value
 constexpr float kLargestNoise = 22.9f;  // gumbel(0) = 22.87
 
-int32_t block_size(const RowLogits& row, int32_t block) {
-  const int64_t left = row.vocab - static_cast<int64_t>(block) * kBlock;
-  return left < kBlock ? static_cast<int32_t>(left) : kBlock;
-}
-
-template <class T>
-void widen(const T* source, int64_t stride, int32_t num, float* target) {
+// The first place of `wanted`, which is there.
+int32_t find(const float* values, float wanted) {
   int32_t i = 0;
-  if (stride == 1) {
-    for (; i + kLanes <= num; i += kLanes) store(target + i, load(source + i));
-  }
-  for (; i < num; ++i) target[i] = to_float(source[i * stride]);
-}
-
-// Biased logits of one block, padded with -inf; NaN where the logits are.
-void read_block(const RowLogits& row, int32_t block, float* logits) {
-  const int64_t first = static_cast<int64_t>(block) * kBlock;
-  const int32_t num = block_size(row, block);
-  with_dtype(row.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    widen(static_cast<const T*>(row.logits) + first * row.stride, row.stride, num, logits);
-  });
-  for (int32_t i = num; i < kBlock; ++i) logits[i] = -kInfinity;
-  if (row.bias != nullptr) {
-    for (int32_t i = 0; i < num; ++i) logits[i] += row.bias[(first + i) * row.bias_stride];
-  }
-  if (row.mask != nullptr) {
-    for (int32_t i = 0; i < num; ++i) {
-      if (!row.mask[(first + i) * row.mask_stride]) logits[i] = -kInfinity;
-    }
-  }
-}
-
-// The largest of `num` values, a multiple of kLanes; NaN counts as -inf.
-template <class T>
-float largest_of(const T* values, int32_t num) {
-  Float best = splat(-kInfinity);
-  for (int32_t i = 0; i < num; i += kLanes) best = larger(best, load(values + i));
-  return largest(best);
-}
-
-float largest_of_block(const RowLogits& row, int32_t block) {
-  if (row.stride != 1 || row.bias != nullptr || row.mask != nullptr ||
-      block_size(row, block) < kBlock) {
-    alignas(64) float logits[kBlock];
-    read_block(row, block, logits);
-    return largest_of(logits, kBlock);
-  }
-  float best = 0.0f;
-  with_dtype(row.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    best = largest_of(static_cast<const T*>(row.logits) + static_cast<int64_t>(block) * kBlock,
-                      kBlock);
-  });
-  return best;
+  while (!any(load(values + i) == wanted)) i += kLanes;
+  while (values[i] != wanted) ++i;
+  return i;
 }
 
 // The first counter block of the noise of a row.
@@ -179,7 +130,7 @@ int32_t RowSampler::draw_many(const RowLogits& row, const RowLaw& law, int32_t n
   for (int32_t i = 0; i < num_candidates_; i += kLanes) {
     const int32_t count = num_candidates_ - i < kLanes ? num_candidates_ - i : kLanes;
     Float scores = load(candidates_.get() + i);
-    if (!law.is_greedy()) scores += noise(tokens_.get() + i, count);
+    if (!law.is_greedy()) scores += noise(load(tokens_.get() + i));
     for (int32_t lane = 0; lane < count; ++lane) {
       // Keeps the num largest in falling order, of equals the lower token first.
       int32_t place = num;
@@ -250,55 +201,62 @@ bool RowSampler::scan(const RowLogits& row, const RowLaw& law, bool is_shared) {
   row_ = row;
   law_ = law;
   num_blocks_ = (row.vocab + kBlock - 1) / kBlock;
-  float* block_max = block_max_.reserve(num_blocks_);
-  const auto scan_blocks = [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      block_max[block] = largest_of_block(row, static_cast<int32_t>(block));
-    }
+  float* maxima = block_max_.reserve(num_blocks_ + kLanes);
+  const auto sweep = [&](int64_t begin, int64_t end) {
+    block_maxima(row, static_cast<int32_t>(begin), static_cast<int32_t>(end), maxima);
   };
   if (is_shared) {
-    parallel_for(num_blocks_, kBlocksPerThread, scan_blocks);
+    parallel_for(num_blocks_, kBlocksPerThread, sweep);
   } else {
-    scan_blocks(0, num_blocks_);
+    sweep(0, num_blocks_);
   }
-  float best = -kInfinity;
-  for (int32_t block = 0; block < num_blocks_; ++block) {
-    if (block_max[block] > best) best = block_max[block];
-  }
-  largest_ = law.is_greedy() ? best : best / law.temperature;
+  store(maxima + num_blocks_, splat(NAN));
+  largest_logit_ = largest_of(maxima, num_blocks_);
+  is_infinite_ = false;
+  largest_ = score(largest_logit_);
   is_infinite_ = largest_ == kInfinity && !law.is_greedy();
   if (is_infinite_) largest_ = 0.0f;
-  return best > -kInfinity;
+  return largest_logit_ > -kInfinity;
 }
 
-// The largest score of a block. Division rounds monotonically, so it is that of the largest logit.
-float RowSampler::block_score(int32_t block) const {
-  if (law_.is_greedy()) return block_max_.get()[block];
-  const float best = block_max_.get()[block] / law_.temperature;
-  if (is_infinite_) return best == kInfinity ? 0.0f : -kInfinity;
-  return best;
+// Division rounds monotonically, so larger logits never have smaller scores.
+float RowSampler::score(float logit) const {
+  if (law_.is_greedy()) return logit;
+  const float quotient = logit / law_.temperature;
+  if (is_infinite_) return quotient == kInfinity ? 0.0f : -kInfinity;
+  return quotient;
+}
+
+// A logit below all whose score reaches `least`: its rounding is far below 1e-5.
+float RowSampler::logit_below(float least) const {
+  if (law_.is_greedy()) return least;
+  const float product = least * law_.temperature;
+  const float below = product - (std::fabs(product) * 1e-5f + FLT_MIN);
+  return is_infinite_ || !(below == below) ? -kInfinity : below;
+}
+
+Float RowSampler::score(Float logits) const {
+  if (law_.is_greedy()) return logits;
+  const Float quotients = law_.temperature == 1.0f ? logits : logits / splat(law_.temperature);
+  if (is_infinite_) return quotients == kInfinity ? Float{} : splat(-kInfinity);
+  return quotients;
 }
 
 // Scores of a block: biased logits over temperature, NaN as -inf, padded with -inf.
 void RowSampler::score_block(int32_t block, float* scores) const {
   read_block(row_, block, scores);
   for (int32_t i = 0; i < kBlock; i += kLanes) {
-    Float lanes = load(scores + i);
-    if (!law_.is_greedy() && law_.temperature != 1.0f) lanes /= splat(law_.temperature);
-    if (is_infinite_) lanes = lanes == kInfinity ? Float{} : splat(-kInfinity);
+    const Float lanes = score(load(scores + i));
     store(scores + i, lanes == lanes ? lanes : splat(-kInfinity));
   }
 }
 
 // The lowest token with the largest score.
 int32_t RowSampler::first_token() const {
-  int32_t block = 0;
-  while (block_score(block) != largest_) ++block;
+  const int32_t block = find(block_max_.get(), largest_logit_);
   alignas(64) float scores[kBlock];
   score_block(block, scores);
-  int32_t i = 0;
-  while (scores[i] != largest_) ++i;
-  return block * kBlock + i;
+  return block * kBlock + find(scores, largest_);
 }
 
 // Gathers exactly the tokens that pass top-k, top-p and min-p; all finite ones of a greedy row.
@@ -318,24 +276,25 @@ void RowSampler::filter() {
 
 void RowSampler::filter_top_k() {
   if (law_.top_k <= num_blocks_ / 2) {
-    // top_k blocks hold a score that reaches the edge of their maxima, so as many tokens do.
-    float* maxima = ordered_.reserve(num_blocks_);
-    for (int32_t block = 0; block < num_blocks_; ++block) maxima[block] = block_score(block);
-    gather(std::fmaxf(edge_of(maxima, num_blocks_, law_.top_k, Count{}), -FLT_MAX));
+    // top_k blocks hold a logit that reaches the edge of their maxima, so as many tokens do
+    const Count blocks{block_max_.get(), num_blocks_};
+    const float edge = edge_of(blocks, -kInfinity, largest_logit_, law_.top_k, kRoughly);
+    gather(std::fmaxf(score(edge), -FLT_MAX));
   } else {
-    gather_heaviest(law_.top_k, Count{});
+    gather_heaviest(law_.top_k, [this] { return count(); });
   }
-  drop_below(candidates_edge(law_.top_k, Count{}));
+  drop_below(edge_of(count(), least_, largest_, law_.top_k));
 }
 
 void RowSampler::filter_top_p(bool is_gathered) {
-  const Mass mass{largest_};
-  const double total = is_gathered ? mass(candidates_.get(), num_candidates_) : total_mass();
   // the tokens at most as likely hold more than 1 - top_p <=> those more likely hold less than
   // top_p
-  const double target = std::fmax(law_.top_p * total, DBL_MIN);
-  if (!is_gathered) gather_heaviest(target, mass);
-  drop_below(candidates_edge(target, mass));
+  const auto share_of = [this](double total) { return std::fmax(law_.top_p * total, DBL_MIN); };
+  const double target = is_gathered ? 0.0 : share_of(total_mass());
+  if (!is_gathered) gather_heaviest(target, [this] { return mass(); });
+  const Mass gathered = mass();
+  drop_below(
+      edge_of(gathered, least_, largest_, is_gathered ? share_of(gathered.total()) : target));
 }
 
 // The least score of a token with at least min_p times the probability of the likeliest.
@@ -349,76 +308,98 @@ float RowSampler::min_p_edge() const {
 // Mass of the whole row. Blocks below e^-60 of the likeliest token do not reach the precision of
 // the sum.
 double RowSampler::total_mass() const {
-  const Mass mass{largest_};
   alignas(64) float scores[kBlock];
+  alignas(64) double weights[kBlock];
   double total = 0.0;
   for (int32_t block = 0; block < num_blocks_; ++block) {
-    if (block_score(block) < largest_ - 60.0f) continue;
+    if (score(block_max_.get()[block]) < largest_ - 60.0f) continue;
     score_block(block, scores);
-    total += mass(scores, kBlock);
+    total += weigh(scores, kBlock, largest_, weights).total();
   }
   return total;
 }
 
-// Makes the tokens with a score >= `least` the candidates.
+Count RowSampler::count() const { return {candidates_.get(), num_candidates_}; }
+
+Mass RowSampler::mass() {
+  double* weights = weights_.reserve(num_candidates_ + kLanes);
+  return weigh(candidates_.get(), num_candidates_, largest_, weights);
+}
+
+// Makes the tokens with a score >= `least` the candidates. Blocks and tokens are first chosen by
+// their logits, without a branch for each, and only what is left is divided.
 void RowSampler::gather(float least) {
-  float* kept = candidates_.reserve(static_cast<int64_t>(num_blocks_) * kBlock);
-  int32_t* tokens = tokens_.reserve(static_cast<int64_t>(num_blocks_) * kBlock);
-  alignas(64) float scores[kBlock];
-  int32_t num = 0;
-  for (int32_t block = 0; block < num_blocks_; ++block) {
-    if (block_score(block) < least) continue;
-    score_block(block, scores);
-    for (int32_t i = 0; i < kBlock; i += kLanes) {
-      if (!any(load(scores + i) >= least)) continue;
-      for (int32_t lane = i; lane < i + kLanes; ++lane) {
-        kept[num] = scores[lane];
-        tokens[num] = block * kBlock + lane;
-        num += scores[lane] >= least;
-      }
-    }
+  const float below = logit_below(least);
+  const float* maxima = block_max_.get();
+  int32_t* blocks = blocks_.reserve(num_blocks_ + kLanes);
+  int32_t num_kept_blocks = 0;
+  for (int32_t block = 0; block < num_blocks_; block += kLanes) {
+    const Int is_kept = load(maxima + block) >= below;
+    num_kept_blocks += compress(is_kept, block + count_up(), blocks + num_kept_blocks);
   }
-  num_candidates_ = num;
-  for (; num % kLanes != 0; ++num) kept[num] = -kInfinity;
+  candidates_.reserve(static_cast<int64_t>(num_kept_blocks) * kBlock + kLanes);
+  tokens_.reserve(static_cast<int64_t>(num_kept_blocks) * kBlock + kLanes);
+  num_candidates_ = 0;
+  for (int32_t i = 0; i < num_kept_blocks; ++i) gather_block(blocks[i], below);
+  float* kept = candidates_.get();
+  store(kept + num_candidates_, splat(NAN));
+  for (int32_t i = 0; i < num_candidates_; i += kLanes) store(kept + i, score(load(kept + i)));
+  drop_below(least);
+}
+
+// Appends the tokens with a logit >= `below`.
+void RowSampler::gather_block(int32_t block, float below) {
+  const auto append = [&](const auto* logits) {
+    float* kept = candidates_.get() + num_candidates_;
+    int32_t* tokens = tokens_.get() + num_candidates_;
+    int32_t num = 0;
+    for (int32_t i = 0; i < kBlock; i += kLanes) {
+      const Float lanes = load(logits + i);
+      const Int is_kept = lanes >= below;
+      if (!any(is_kept)) continue;
+      compress(is_kept, lanes, kept + num);
+      num += compress(is_kept, block * kBlock + i + count_up(), tokens + num);
+    }
+    num_candidates_ += num;
+  };
+  if (is_plain(row_) && block_size(row_, block) == kBlock) {
+    with_dtype(row_.dtype, [&](auto tag) {
+      append(static_cast<const decltype(tag)*>(row_.logits) + static_cast<int64_t>(block) * kBlock);
+    });
+  } else {
+    alignas(64) float logits[kBlock];
+    read_block(row_, block, logits);
+    append(logits);
+  }
 }
 
 // Gathers the largest scores, enough of them to weigh `target`, or all that are finite.
-template <class Weight>
-void RowSampler::gather_heaviest(double target, Weight weight) {
+template <class Weigh>
+void RowSampler::gather_heaviest(double target, Weigh weigh_candidates) {
   for (float depth = 1.0f;; depth *= 2.0f) {
-    const float least = std::fmaxf(largest_ - depth, -FLT_MAX);
-    gather(least);
-    if (least == -FLT_MAX || weight(candidates_.get(), num_candidates_) >= target) return;
+    gather(std::fmaxf(largest_ - depth, -FLT_MAX));
+    if (least_ == -FLT_MAX || weigh_candidates().total() >= target) return;
   }
-}
-
-template <class Weight>
-float RowSampler::candidates_edge(double target, Weight weight) {
-  float* ordered = ordered_.reserve(num_candidates_);
-  std::memcpy(ordered, candidates_.get(), sizeof(float) * static_cast<size_t>(num_candidates_));
-  return edge_of(ordered, num_candidates_, target, weight);
 }
 
 void RowSampler::drop_below(float edge) {
   float* kept = candidates_.get();
   int32_t* tokens = tokens_.get();
   int32_t num = 0;
-  for (int32_t i = 0; i < num_candidates_; ++i) {
-    kept[num] = kept[i];
-    tokens[num] = tokens[i];
-    num += kept[i] >= edge;
+  for (int32_t i = 0; i < num_candidates_; i += kLanes) {
+    const Float lanes = load(kept + i);
+    const Int is_kept = lanes >= edge, ids = load(tokens + i);
+    compress(is_kept, lanes, kept + num);
+    num += compress(is_kept, ids, tokens + num);
   }
   num_candidates_ = num;
-  for (; num % kLanes != 0; ++num) kept[num] = -kInfinity;
+  least_ = edge;
+  store(kept + num, splat(-kInfinity));
 }
 
-// Noise of up to kLanes tokens.
-Float RowSampler::noise(const int32_t* tokens, int32_t num) const {
-  Uint block{}, word{};
-  for (int32_t lane = 0; lane < num; ++lane) {
-    block[lane] = stream_block(row_, law_) + static_cast<uint32_t>(tokens[lane] / 4);
-    word[lane] = static_cast<uint32_t>(tokens[lane] % 4);
-  }
+Float RowSampler::noise(Int tokens) const {
+  const Uint block = reinterpret_cast<Uint>(tokens >> 2) + stream_block(row_, law_);
+  const Int word = tokens & 3;
   Uint bits[4];
   philox<VectorLanes>(block, law_.seed, law_.position, law_.domain, bits);
   const Uint low = word == 0 ? bits[0] : bits[1], high = word == 2 ? bits[2] : bits[3];
@@ -430,7 +411,7 @@ RowSampler::Best RowSampler::draw_candidates() const {
   Best best;
   for (int32_t i = 0; i < num_candidates_; i += kLanes) {
     const int32_t count = num_candidates_ - i < kLanes ? num_candidates_ - i : kLanes;
-    const Float noisy = load(candidates_.get() + i) + noise(tokens_.get() + i, count);
+    const Float noisy = load(candidates_.get() + i) + noise(load(tokens_.get() + i));
     for (int32_t lane = 0; lane < count; ++lane) {
       if (noisy[lane] > best.score) best = {noisy[lane], tokens_.get()[i + lane]};
     }
@@ -465,7 +446,7 @@ RowSampler::Best RowSampler::draw_blocks(int32_t begin, int32_t end) const {
   alignas(64) float scores[kBlock];
   Best best;
   for (int32_t block = begin; block < end; ++block) {
-    if (!(block_score(block) + kLargestNoise > best.score)) continue;
+    if (!(score(block_max_.get()[block]) + kLargestNoise > best.score)) continue;
     score_block(block, scores);
     for (int32_t i = 0; i < kBlock; i += kGroup) {
       Uint bits[4];

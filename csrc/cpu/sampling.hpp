@@ -5,23 +5,14 @@
 #include <cstdint>
 
 #include "../core/acceptance.hpp"
+#include "edge.hpp"
 #include "kept_law.hpp"
+#include "row_blocks.hpp"
 #include "sample.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
 
 namespace specdec::SPECDEC_ISA {
-
-struct RowLogits {
-  const void* logits;  // [V], elements `stride` apart
-  const float* bias;   // [V] or null
-  const bool* mask;    // [V] or null
-  int64_t stride;
-  int64_t bias_stride;
-  int64_t mask_stride;
-  int32_t vocab;
-  DType dtype;
-};
 
 struct RowLaw {
   float temperature = 0.0f;  // greedy unless > 0
@@ -78,40 +69,45 @@ class RowSampler {
   };
 
   bool scan(const RowLogits& row, const RowLaw& law, bool is_shared);
-  float block_score(int32_t block) const;
+  float score(float logit) const;
+  Float score(Float logits) const;
+  float logit_below(float least) const;
   void score_block(int32_t block, float* scores) const;
   int32_t first_token() const;
   Best draw_dense(bool is_shared) const;
   Best draw_blocks(int32_t begin, int32_t end) const;
   Best draw_candidates() const;
-  Float noise(const int32_t* tokens, int32_t num) const;
+  Float noise(Int tokens) const;
   void filter();
   void filter_top_k();
   void filter_top_p(bool is_gathered);
   float min_p_edge() const;
   void gather(float least);
+  void gather_block(int32_t block, float below);
   void drop_below(float edge);
   double total_mass() const;
+  Count count() const;
+  Mass mass();
 
-  template <class Weight>
-  void gather_heaviest(double target, Weight weight);
-
-  template <class Weight>
-  float candidates_edge(double target, Weight weight);
+  template <class Weigh>
+  void gather_heaviest(double target, Weigh weigh_candidates);
 
   // The row at hand, its law and its largest score.
   RowLogits row_{};
   RowLaw law_{};
   float largest_ = 0.0f;
+  float largest_logit_ = 0.0f;
   bool is_infinite_ = false;  // the row has +inf logits, and is uniform over them
   double entropy_ = 0.0;
 
   int32_t num_blocks_ = 0;
   int32_t num_candidates_ = 0;
-  Scratch<float> block_max_;   // [blocks], of biased logits
-  Scratch<float> candidates_;  // scores, in token order, padded to whole blocks
+  float least_ = 0.0f;         // no candidate has a lower score
+  Scratch<float> block_max_;   // [blocks], of biased logits; then NaN
+  Scratch<int32_t> blocks_;    // that may hold candidates
+  Scratch<float> candidates_;  // scores, in token order; then -inf
   Scratch<int32_t> tokens_;    // of the candidates
-  Scratch<float> ordered_;     // a copy of the candidates that selection reorders
+  Scratch<double> weights_;    // of the candidates
 };
 
 }  // namespace specdec::SPECDEC_ISA

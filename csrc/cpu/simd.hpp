@@ -46,6 +46,24 @@ inline Float load(const float* source) {
   return lanes;
 }
 
+inline HalfFloat load_half(const float* source) {
+  HalfFloat lanes;
+  std::memcpy(&lanes, source, sizeof lanes);
+  return lanes;
+}
+
+inline Double load(const double* source) {
+  Double lanes;
+  std::memcpy(&lanes, source, sizeof lanes);
+  return lanes;
+}
+
+inline Int load(const int32_t* source) {
+  Int lanes;
+  std::memcpy(&lanes, source, sizeof lanes);
+  return lanes;
+}
+
 inline void store(float* target, Float lanes) { std::memcpy(target, &lanes, sizeof lanes); }
 
 // x in every lane, bits untouched (a NaN, or a pair of bfloat16, stays what it is).
@@ -70,7 +88,27 @@ inline Float multiply_add(Float a, Float b, Float c) {
 #endif
 }
 
-inline Float larger(Float a, Float b) { return b > a ? b : a; }
+// b > a ? b : a; so `a` where one is NaN.
+inline Float larger(Float a, Float b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(b, a);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(b, a);
+#else
+  return _mm_max_ps(b, a);
+#endif
+}
+
+template <int... kIndex>
+inline Float larger_of_pairs(Float a, Float b, std::integer_sequence<int, kIndex...>) {
+  return larger(__builtin_shufflevector(a, b, (2 * kIndex)...),
+                __builtin_shufflevector(a, b, (2 * kIndex + 1)...));
+}
+
+// The larger of each two neighbours in `a`, then of those in `b`.
+inline Float larger_of_pairs(Float a, Float b) {
+  return larger_of_pairs(a, b, std::make_integer_sequence<int, kLanes>());
+}
 
 inline bool any(Int mask) {
 #if defined(__AVX512F__)
@@ -126,11 +164,57 @@ inline double sum(Double lanes) {
   return total;
 }
 
+inline int32_t sum(Int lanes) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(lanes));
+#else
+  int32_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total += lanes[i];
+  return total;
+#endif
+}
+
+// 0, 1, 2, ...
+inline Int count_up() {
+  Int lanes{};
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// Writes the lanes in `mask`, in order; all kLanes elements of the target may change. Returns how
+// many the mask holds.
+template <class Lanes, class T>
+inline int32_t compress(Int mask, Lanes lanes, T* target) {
+#if defined(__AVX512F__)
+  // into a register: straight to memory, some CPUs do this in microcode
+  const __mmask16 bits = _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+  const __m512i packed = _mm512_maskz_compress_epi32(bits, reinterpret_cast<__m512i>(lanes));
+  _mm512_storeu_si512(target, packed);
+  return __builtin_popcount(bits);
+#else
+  int32_t num = 0;
+  if (!any(mask)) return num;
+  for (int i = 0; i < kLanes; ++i) {
+    target[num] = lanes[i];
+    num -= mask[i];
+  }
+  return num;
+#endif
+}
+
 // kLanes elements, widened to float.
 inline Float load(const Bfloat16* source) {
+#if defined(__AVX512F__)
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  return reinterpret_cast<Float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+#elif defined(__AVX2__)
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+  return reinterpret_cast<Float>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+#else
   Short raw;
   std::memcpy(&raw, source, sizeof raw);
   return reinterpret_cast<Float>(__builtin_convertvector(raw, Uint) << 16);
+#endif
 }
 
 inline Float load(const Half* source) {
@@ -143,6 +227,19 @@ inline Float load(const Half* source) {
   for (int i = 0; i < kLanes; ++i) lanes[i] = to_float(source[i]);
   return lanes;
 #endif
+}
+
+// The largest of `num` values, a multiple of kLanes, in lanes; NaN counts as -inf.
+template <class T>
+inline Float lanes_of(const T* values, int32_t num) {
+  Float best = splat(-kInfinity);
+  for (int32_t i = 0; i < num; i += kLanes) best = larger(best, load(values + i));
+  return best;
+}
+
+template <class T>
+inline float largest_of(const T* values, int32_t num) {
+  return largest(lanes_of(values, num));
 }
 
 // Lane sets for the rules of core/philox.hpp.

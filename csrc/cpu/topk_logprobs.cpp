@@ -9,25 +9,12 @@
 #include "parallel.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
+#include "vector_math.hpp"
 
 namespace specdec::SPECDEC_ISA {
 namespace {
 
 constexpr int32_t kBlock = 256;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// exp for x <= 0, relative error about 2e-7: 2^n times a polynomial of the remainder; 0 below -87.
-Float exponential(Float x) {
-  constexpr float kRound =
-      12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Float shifted = x * 1.44269504f + kRound;
-  const Float n = shifted - kRound;
-  const Float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Float p = splat(1.0f / 720);
-  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-  const Int scale = (reinterpret_cast<Int>(shifted) + 127) << 23;
-  return x < -87.0f ? Float{} : p * reinterpret_cast<Float>(scale);
-}
 
 struct Entry {
   float score;
@@ -44,7 +31,10 @@ class Heap {
  public:
   Heap(Entry* entries, int32_t capacity) : entries_(entries), capacity_(capacity) {}
 
-  bool admits(float score) const { return size_ < capacity_ || score > entries_[0].score; }
+  bool has_room() const { return size_ < capacity_; }
+
+  // The lowest score in it, which a larger one displaces; not where there is room.
+  float worst() const { return entries_[0].score; }
 
   // Tokens arrive in ascending order, so an equal score never displaces an earlier one.
   void offer(Entry entry) {
@@ -84,36 +74,38 @@ class Heap {
   int32_t size_ = 0;
 };
 
+// One block as floats: in place where it is whole and has unit stride, else copied to `scores` and
+// padded with -inf.
+template <class T, class Function>
+void with_block(const T* row, int64_t stride, int32_t begin, int32_t num, float* scores,
+                Function function) {
+  if (stride == 1 && num == kBlock) return function(row + begin);
+  for (int32_t i = 0; i < num; ++i) scores[i] = to_float(row[(begin + i) * stride]);
+  for (int32_t i = num; i < kBlock; ++i) scores[i] = -kInfinity;
+  function(scores);
+}
+
+// Sum of exp(score - shift), in double across blocks; NaN counts as -inf.
 template <class T>
-float score_at(const T* row, int64_t stride, int32_t token) {
-  const float score = to_float(row[token * stride]);
-  return score == score ? score : -kInfinity;
+double block_mass(const T* scores, float shift) {
+  Float mass{};
+  for (int32_t i = 0; i < kBlock; i += kLanes) {
+    const Float distance = (load(scores + i) - shift) * 1.44269504f;
+    mass += exp2_normal(larger(splat(-126.0f), distance));
+  }
+  return static_cast<double>(sum(mass));
 }
 
 template <class T>
-void widen_block(const T* row, int64_t stride, int32_t begin, int32_t num, float* scores) {
-  int32_t i = 0;
-  if (stride == 1) {
-    for (; i + kLanes <= num; i += kLanes) {
-      const Float lanes = load(row + begin + i);
-      store(scores + i, lanes == lanes ? lanes : splat(-kInfinity));
+void offer_block(const T* scores, int32_t begin, int32_t num, Heap& heap) {
+  for (int32_t i = 0; i < num; i += kLanes) {
+    const Float lanes = load(scores + i);
+    if (!heap.has_room() && !any(lanes > heap.worst())) continue;
+    for (int32_t lane = 0; lane < kLanes && i + lane < num; ++lane) {
+      const float score = lanes[lane] == lanes[lane] ? lanes[lane] : -kInfinity;
+      if (heap.has_room() || score > heap.worst()) heap.offer({score, begin + i + lane});
     }
   }
-  for (; i < num; ++i) scores[i] = score_at(row, stride, begin + i);
-  for (; i < kBlock; ++i) scores[i] = -kInfinity;
-}
-
-float block_maximum(const float* scores) {
-  Float best = load(scores);
-  for (int32_t i = kLanes; i < kBlock; i += kLanes) best = larger(best, load(scores + i));
-  return largest(best);
-}
-
-// Sum of exp(score - shift), in double across blocks.
-double block_mass(const float* scores, float shift) {
-  Float mass{};
-  for (int32_t i = 0; i < kBlock; i += kLanes) mass += exponential(load(scores + i) - shift);
-  return static_cast<double>(sum(mass));
 }
 
 struct Buffers {
@@ -130,19 +122,17 @@ void top_row(const TopkLogprobsParams& params, int64_t r, Buffers& buffers) {
   double mass = 0.0;
   for (int32_t begin = 0; begin < params.vocab; begin += kBlock) {
     const int32_t num = params.vocab - begin < kBlock ? params.vocab - begin : kBlock;
-    widen_block(row, params.stride_vocab, begin, num, scores);
-    const float best = block_maximum(scores);
-    if (best > shift) {
-      mass = shift == -kInfinity
-                 ? 0.0
-                 : mass * std::exp(static_cast<double>(shift) - static_cast<double>(best));
-      shift = best;
-    }
-    if (shift > -kInfinity && shift < kInfinity) mass += block_mass(scores, shift);
-    if (!heap.admits(best)) continue;
-    for (int32_t i = 0; i < num; ++i) {
-      if (heap.admits(scores[i])) heap.offer({scores[i], begin + i});
-    }
+    with_block(row, params.stride_vocab, begin, num, scores, [&](const auto* block) {
+      const float best = largest_of(block, kBlock);
+      if (best > shift) {
+        mass = shift == -kInfinity
+                   ? 0.0
+                   : mass * std::exp(static_cast<double>(shift) - static_cast<double>(best));
+        shift = best;
+      }
+      if (shift > -kInfinity && shift < kInfinity) mass += block_mass(block, shift);
+      if (heap.has_room() || best > heap.worst()) offer_block(block, begin, num, heap);
+    });
   }
   heap.sort();
   const Entry* entries = buffers.heap.get();

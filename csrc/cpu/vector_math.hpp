@@ -5,8 +5,8 @@
 
 namespace specdec::SPECDEC_ISA {
 
-// 2^x for x <= 0, to about 2 ulp; 0 below -126, NaN for NaN.
-inline Float exp2_negative(Float x) {
+// 2^x for x in [-126, 0], to about 2 ulp.
+inline Float exp2_normal(Float x) {
   constexpr float kRound =
       12582912.0f +
       127.0f;  // adding it leaves the nearest integer, as an exponent, in the low bits
@@ -16,8 +16,11 @@ inline Float exp2_negative(Float x) {
   Float total = splat(0.0013264698f);
   for (float term : kTerms) total = multiply_add(total, r, splat(term));
   const Float power = reinterpret_cast<Float>(reinterpret_cast<Int>(shifted) << 23);
-  return x < -126.0f ? Float{} : total * power;
+  return total * power;
 }
+
+// 2^x for x <= 0; 0 below -126, NaN for NaN.
+inline Float exp2_negative(Float x) { return x < -126.0f ? Float{} : exp2_normal(x); }
 
 // tanh, to about 2 ulp: a polynomial near 0, else by exp.
 inline Float tanh(Float x) {

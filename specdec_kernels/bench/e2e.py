@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..budget import Budget
 from ..drafters import Drafter
 from ..hf.generate import SpeculativeDecoder
 from ..hf.text import Generation, TextModel
@@ -99,6 +100,7 @@ def run_e2e(
     *,
     modes: Sequence[str] = MODES,
     drafter: Drafter | None,
+    budget: Budget | bool | None = None,
     max_new_tokens: int,
     progress: Callable[[Prompt, str], None] | None = None,
 ) -> dict[str, Any]:
@@ -110,12 +112,14 @@ def run_e2e(
         subject: the target; prompts go through its chat template.
         modes: "generate" is plain, "prompt_lookup" is `generate(prompt_lookup_num_tokens=10)`,
             "specdec" is this package with `drafter`.
+        budget: as in `SpeculativeDecoder`.
         progress: called before each generation.
 
     Returns:
         {"machine": see `describe_machine`, with "settings"; "summary": {mode: {category or "all":
-        {"tok_s", "speedup", "tokens_per_step", "agreement"}}}; "prompts": [one dict per prompt]}.
-        A summary holds medians over prompts, `speedup` of the ratios measured on the same prompt;
+        {"tok_s", "speedup", "tokens_per_step", "mean_tokens_per_step", "agreement"}}}; "prompts":
+        [one dict per prompt]}. A summary holds medians over prompts, `speedup` of the ratios
+        measured on the same prompt; `mean_tokens_per_step` is the mean over all verify steps;
         `agreement` is the fraction of prompts with exactly the tokens of "generate".
 
     Raises:
@@ -123,12 +127,13 @@ def run_e2e(
     """
     check_modes(modes)
     encoded = [_encode(subject, prompt, max_new_tokens) for prompt in prompts]
-    ways = _ways(modes, drafter)
+    ways = _ways(modes, drafter, budget)
     settings = {
         "model": subject.name,
         "dtype": subject.dtype,
-        "drafter": None if drafter is None else type(drafter).__name__,
+        "drafter": None if drafter is None else str(drafter),
         "max_nodes": 1 if drafter is None else drafter.max_nodes,
+        "budget": budget if budget is None or isinstance(budget, bool) else "given",
         "max_new_tokens": max_new_tokens,
     }
     machine = {**describe_machine(), "settings": settings}
@@ -171,12 +176,14 @@ def _encode(subject: TextModel, prompt: Prompt, max_new_tokens: int) -> Tensor:
         raise ValueError(f"question {prompt.question_id}: {error}") from None
 
 
-def _ways(modes: Sequence[str], drafter: Drafter | None) -> dict[str, dict[str, Any]]:
+def _ways(
+    modes: Sequence[str], drafter: Drafter | None, budget: Budget | bool | None
+) -> dict[str, dict[str, Any]]:
     """Mode -> options of `generate`."""
     options: dict[str, dict[str, Any]] = {
         BASELINE: {},
         "prompt_lookup": {"prompt_lookup_num_tokens": _HF_LOOKUP_TOKENS},
-        "specdec": {"custom_generate": SpeculativeDecoder(drafter)},
+        "specdec": {"custom_generate": SpeculativeDecoder(drafter, budget=budget)},
     }
     return {mode: {"do_sample": False, **options[mode]} for mode in modes}
 
@@ -216,7 +223,14 @@ def _summary(mode: str, records: Sequence[dict[str, Any]]) -> dict[str, dict[str
                 key: median(r[key] for r in group)
                 for key in ("tok_s", "speedup", "tokens_per_step")
             },
+            "mean_tokens_per_step": _mean_over_steps(group),
             "agreement": sum(r["agrees"] for r in group) / len(group),
         }
         for category, group in groups.items()
     }
+
+
+def _mean_over_steps(group: Sequence[dict[str, Any]]) -> float:
+    later = [r["new_tokens"] - 1 for r in group]  # the first token comes from the prefill
+    steps = [n / r["tokens_per_step"] for n, r in zip(later, group, strict=True)]
+    return sum(later) / sum(steps) if any(steps) else 1.0

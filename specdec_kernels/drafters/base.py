@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..drafting import ProposalBuilder, SamplingParams
 from ..shapes import PAD
-from ..tree import Proposal
+from ..tree import Proposal, TokenTree
+
+if TYPE_CHECKING:
+    from ..budget import Budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,8 @@ class DraftContext:
         device: where the proposal's tensors belong.
         vocab_size: V of the target.
         sampling: the target's seeds and sampling parameters.
+        budget: chooses the size of trees whose nodes have estimated probabilities; None leaves it
+            to the drafter.
     """
 
     sequences: Sequence[Sequence[int]]
@@ -34,6 +41,7 @@ class DraftContext:
     device: torch.device
     vocab_size: int
     sampling: SamplingParams
+    budget: Budget | None = None
 
     def builder(self, offsets: Tensor | None = None) -> ProposalBuilder:
         """A new builder, whose draws use the target's seeds, temperature and filters.
@@ -51,14 +59,43 @@ class DraftContext:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What the target made of a step. The prefill counts as a step over the last prompt tokens.
+
+    Attributes:
+        tree: the trees that it scored.
+        logits: [B, N, V], after each node; undefined at padding nodes. Valid during the call.
+        paths: nodes of each row that were kept, the root first; [] in an idle row.
+        sequences: committed tokens of each row, those of this step included.
+    """
+
+    tree: TokenTree
+    logits: Tensor
+    paths: Sequence[Sequence[int]]
+    sequences: Sequence[Sequence[int]]
+
+
 class Drafter(ABC):
     """Guesses continuations; the output stays the target's, it can only be slow or fast.
 
     Attributes:
         max_nodes: most nodes of a tree, the root included.
+        wants_budget: whether decoders give it a `Budget` unless told otherwise: not where drafts
+            are sampled, as the wall clock would then decide which draws are made.
     """
 
     max_nodes: int
+    wants_budget: bool = False
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    def attach(self, target: object) -> AbstractContextManager[object]:
+        """Entered around a call of `decode`, for drafters that look into the target; `target` is a
+        `network.TargetView`.
+        """
+        return nullcontext()
 
     def begin(self, batch: int) -> None:  # noqa: B027 - drafters without state have nothing to reset
         """A new batch of `batch` rows starts: forget the rows of the last one."""
@@ -66,6 +103,12 @@ class Drafter(ABC):
     @abstractmethod
     def propose(self, context: DraftContext) -> Proposal:
         """One tree per row."""
+
+    def observe(self, verified: Verified) -> None:  # noqa: B027 - as above
+        """Learn from a step, before the next one."""
+
+    def end(self, sequences: Sequence[Sequence[int]], num_prompt: Sequence[int]) -> None:  # noqa: B027 - as above
+        """The batch is finished: its sequences, and how many tokens of each are the prompt."""
 
 
 class RowDrafter(Drafter):

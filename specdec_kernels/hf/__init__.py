@@ -2,7 +2,17 @@
 transformers.
 """
 
+from .draft_model import DraftModel
+from .early_exit import EarlyExitModel
 from .generate import SpeculativeDecoder, generate
 from .load import load_model
+from .processors import declare_logits_processor
 
-__all__ = ["SpeculativeDecoder", "generate", "load_model"]
+__all__ = [
+    "DraftModel",
+    "EarlyExitModel",
+    "SpeculativeDecoder",
+    "declare_logits_processor",
+    "generate",
+    "load_model",
+]

@@ -4,40 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
+from ..drafters.growth import spread
 from ..ops import tree_attention
+from .locality import FULL, Locality, attend_densely, attend_prompt, locality_of, mark_locality
 
 NAME = "specdec_tree"
 """Avoids the substrings (sdpa, flash, flex) that transformers dispatches on."""
 
+_HARMLESS = {  # keywords of attention functions that do not change the result here
+    "position_ids",
+    "cache_position",
+    "output_attentions",
+    "output_hidden_states",
+    "use_cache",
+    "return_dict",
+    "position_embeddings",
+    "layer_idx",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "output_router_logits",
+    "num_items_in_batch",
+    "deterministic",
+}
+
+
+@dataclass(slots=True)
+class Localities:
+    """Which keys each layer sees, learned from the masks that the model asks for in the prefill."""
+
+    by_layer: dict[int, Locality] = field(default_factory=dict)
+
 
 @dataclass(slots=True)
 class TreeCall:
-    """The tree of one forward pass, handed to every attention layer as the keyword `specdec`."""
+    """The tree of one forward pass, as every attention layer reads it.
+
+    A pass may compute some of its nodes only; `sources` and `places` then are those of
+    `drafters.growth.Block`.
+    """
 
     ancestors: Tensor
     depths: Tensor
     lengths: Tensor
     num_nodes: Tensor
+    localities: Localities
     num_layers: int = 0
-    """Layers that read it; 0 after a forward pass means that the model dropped the keyword."""
+    """Layers that read it; 0 after a forward pass means that the model attends by itself."""
+    sources: Tensor | None = None
+    places: Tensor | None = None
 
 
-def dropped_keyword(name: str) -> str:
-    """The error text for a model whose layers do not hand keyword arguments on to their
-    attention.
+_call: ContextVar[TreeCall | Localities | None] = ContextVar("specdec_call", default=None)
+
+
+@contextmanager
+def handing(call: TreeCall | Localities) -> Iterator[None]:
+    """Hand a tree, or the record that a prefill fills, to the attention layers.
+
+    Not as a keyword of the model: some models drop the keywords of their attention layers.
     """
-    return (
-        f"{name}: the model drops the keyword arguments of its attention layers, "
-        "so token trees cannot reach them"
-    )
+    token = _call.set(call)
+    try:
+        yield
+    finally:
+        _call.reset(token)
 
 
 @contextmanager
@@ -47,17 +87,37 @@ def tree_attention_in(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         ValueError: an architecture that ignores registered attention functions.
     """
-    before = model.config._attn_implementation
-    if not model._can_set_attn_implementation():
-        raise ValueError(
-            f"{type(model).__name__} computes attention itself and ignores registered attention "
-            "functions, so token trees cannot be exact with it"
-        )
-    model.set_attn_implementation(NAME)
+    configs = _decoder_configs(model)
+    before = [(config, config._attn_implementation_internal) for config in configs]
     try:
+        for config in configs:
+            config._attn_implementation_internal = NAME
         yield
     finally:
-        model.set_attn_implementation(before)
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+
+def _decoder_configs(model: PreTrainedModel) -> list[Any]:
+    """The configurations that the text decoder reads: encoders of images or sound keep theirs."""
+    text = model.config.get_text_config(decoder=True)
+    found: dict[int, Any] = {id(text): text}
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        if module.config.get_text_config(decoder=True) is text:
+            if not module._can_set_attn_implementation():
+                raise ValueError(ignores_attention(type(model).__name__))
+            found[id(module.config)] = module.config
+    return list(found.values())
+
+
+def ignores_attention(name: str) -> str:
+    """The error text for a model that does not call registered attention functions."""
+    return (
+        f"{name} computes attention itself and ignores registered attention functions, "
+        "so token trees cannot be exact with it"
+    )
 
 
 def _attend(
@@ -73,7 +133,6 @@ def _attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -81,41 +140,52 @@ def _attend(
 
     Whatever changes the result is a named parameter: nothing that matters may vanish in `kwargs`.
     """
-    name = type(module).__name__
-    if position_bias is not None or is_causal is False:
-        raise ValueError(f"{name}: position biases and bidirectional attention are not supported")
-    if specdec is None:
-        if attention_mask is not None and attention_mask.shape[-1] == 0:
-            raise ValueError(dropped_keyword(name))
-        if softcap is not None or s_aux is not None:
-            raise ValueError(f"{name}: softcap and sinks are not supported in the prefill yet")
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **kwargs,
+    _check_keywords(module, kwargs, is_causal)
+    call = specdec if specdec is not None else _call.get()
+    options: dict[str, Any] = {
+        "scale": float(scaling if scaling is not None else query.shape[3] ** -0.5),
+        "softcap": softcap or 0.0,
+        "sinks": None if s_aux is None else s_aux.flatten().float(),
+    }
+    layer = getattr(module, "layer_idx", None)
+    if isinstance(call, TreeCall):
+        call.num_layers += 1
+        if call.sources is not None:
+            query = spread(query, call.sources)
+        locality = FULL if layer is None else call.localities.by_layer[layer]
+        if locality.chunk:
+            out = attend_densely(query, key, value, call, locality, **options).transpose(1, 2)
+        else:
+            out, _ = tree_attention(
+                query,
+                key,
+                value,
+                call.ancestors,
+                call.depths,
+                call.lengths,
+                call.num_nodes,
+                window=locality.window,
+                **options,
+            )
+        if call.places is not None:
+            out = spread(out, call.places)
+        return out.transpose(1, 2), None
+    locality = locality_of(type(module).__name__, attention_mask, sliding_window)
+    if isinstance(call, Localities) and layer is not None:
+        call.by_layer[layer] = locality
+    elif locality != FULL:
+        raise ValueError(f"{type(module).__name__}: local attention in a layer without layer_idx")
+    return attend_prompt(query, key, value, locality, **options), None
+
+
+def _check_keywords(module: nn.Module, kwargs: dict[str, Any], is_causal: bool | None) -> None:
+    unknown = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
+    if unknown or is_causal is False:
+        what = f"the keyword {unknown[0]}" if unknown else "is_causal=False"
+        raise ValueError(
+            f"{type(module).__name__} gives its attention {what}, which token trees do not support"
         )
-    specdec.num_layers += 1
-    out, _ = tree_attention(
-        query,
-        key,
-        value,
-        specdec.ancestors,
-        specdec.depths,
-        specdec.lengths,
-        specdec.num_nodes,
-        scale=scaling if scaling is not None else query.shape[3] ** -0.5,
-        window=sliding_window or 0,
-        softcap=softcap or 0.0,
-        sinks=None if s_aux is None else s_aux.float(),
-    )
-    return out.transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, mark_locality)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..ops import commit, write_kv
+from .attention import Localities
 
 CACHE_KEYWORDS = ("cache", "past_key_values")
 """How transformers calls a model's cache: since 5.24, and before."""
@@ -27,23 +31,107 @@ class TreeCache(Cache):
 
     While `num_nodes` is None the cache is prefilling: new tokens go to slots 0.. of every row,
     right padding included. After `start`, each forward writes node i of row b to slot `lengths[b] +
-    i`.
+    i`, or `starts[b] + i` where that is given.
+
+    A cache that comes back with an output can be given to the next call: rows keep the slots whose
+    tokens the new prompts begin with.
+
+    Args:
+        model: whose keys and values these are.
+        batch: B.
 
     Attributes:
-        lengths: [B] int32, committed slots of each row.
+        capacity: slots of each row, S; grown only by `reserve`.
+        lengths: [B] int32, committed slots of each row; None before the prefill.
         num_nodes: [B] int32 of the tree being scored, or None.
+        starts: [B] int32, or None.
+        tokens: what the committed slots of each row hold.
+        localities: which keys each layer sees.
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, model: PreTrainedModel, batch: int) -> None:
+        self.capacity = 0
+        self.batch = batch
         self.lengths: Tensor | None = None
         self.num_nodes: Tensor | None = None
-        self.tree_layers = [TreeCacheLayer(self) for _ in range(num_layers)]
+        self.starts: Tensor | None = None
+        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self.localities = Localities()
+        self._model = weakref.ref(model)
+        config = model.config.get_text_config(decoder=True)
+        self.tree_layers = [TreeCacheLayer(self) for _ in range(config.num_hidden_layers)]
         super().__init__(layers=list(self.tree_layers))
+
+    @staticmethod
+    def adopt(given: Sequence[Cache], model: PreTrainedModel, batch: int) -> TreeCache:
+        """The cache that the caller passed, if it can be used, or a new one.
+
+        Raises:
+            ValueError: a filled cache of another kind, model or batch.
+        """
+        for cache in given:
+            if isinstance(cache, TreeCache):
+                if cache._model() is not model or cache.batch != batch:
+                    raise ValueError(
+                        f"the cache is of {cache.batch} rows and its own model; pass it with the "
+                        f"same model and as many rows, got {batch}"
+                    )
+                return cache
+            if cache.get_seq_length() > 0:
+                raise ValueError(
+                    f"a {type(cache).__name__} that holds tokens cannot be continued with token "
+                    "trees; pass the cache of an earlier speculative output, or none"
+                )
+        return TreeCache(model, batch)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` slots per row; kept slots move to the larger buffers."""
+        if capacity <= self.capacity:
+            return
+        grown = []
+        for layer in self.tree_layers:
+            if layer.is_initialized:
+                grown.append((layer, *layer.grown(capacity)))
+        for layer, keys, values in grown:  # only when all could be allocated
+            layer.keys, layer.values = keys, values
+        self.capacity = capacity
+
+    def rewind(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Keep what the cache shares with the prompts, but for each prompt's last token.
+
+        Returns:
+            the slots kept in each row.
+        """
+        shared = []
+        for held, prompt in zip(self.tokens, prompts, strict=True):
+            pairs = zip(held, prompt[:-1], strict=False)
+            first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+            shared.append(min(len(held), len(prompt) - 1) if first is None else first)
+        self.tokens = [held[:size] for held, size in zip(self.tokens, shared, strict=True)]
+        return shared
 
     def start(self, lengths: Tensor) -> None:
         """End the prefill with `lengths` [B] int32 committed slots per row."""
         self.lengths = lengths
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """After an exception the cache holds what it shared with the prompts, and nothing else."""
+        try:
+            yield
+        except BaseException:
+            self.num_nodes = None
+            if self.lengths is not None:
+                sizes = [len(held) for held in self.tokens]
+                self.lengths = torch.tensor(sizes, dtype=torch.int32, device=self.lengths.device)
+            raise
+
+    def hold(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Remember what the committed slots hold: the last token of a row is not in the cache."""
+        assert self.lengths is not None
+        sizes = self.lengths.tolist()
+        self.tokens = [list(s[:size]) for s, size in zip(sequences, sizes, strict=True)]
+        self.num_nodes = None
 
     def commit(self, path: Tensor, num_kept: Tensor) -> None:
         """Keep path nodes in every layer; see `ops.commit`."""
@@ -71,14 +159,22 @@ class TreeCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate on the first write, when sizes, dtype and device are known."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        batch, heads = key_states.shape[:2]
         self.keys, self.values = (
-            torch.empty(
-                (batch, heads, self.cache.capacity, x.shape[3]), dtype=x.dtype, device=x.device
-            )
-            for x in (key_states, value_states)
+            self._buffer(x, self.cache.capacity) for x in (key_states, value_states)
         )
         self.is_initialized = True
+
+    def grown(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """Larger copies of the buffers."""
+        new = [self._buffer(x, capacity) for x in (self.keys, self.values)]
+        for to, of in zip(new, (self.keys, self.values), strict=True):
+            to[:, :, : of.shape[2]] = of
+        return new[0], new[1]
+
+    @staticmethod
+    def _buffer(like: Tensor, capacity: int) -> Tensor:
+        batch, heads, _, dim = like.shape
+        return torch.empty((batch, heads, capacity, dim), dtype=like.dtype, device=like.device)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -94,7 +190,8 @@ class TreeCacheLayer(CacheLayerMixin):
             self.keys[:, :, :new] = key_states
             self.values[:, :, :new] = value_states
             return key_states, value_states
-        write_kv(key_states, value_states, self.keys, self.values, cache.lengths, cache.num_nodes)
+        starts = cache.lengths if cache.starts is None else cache.starts
+        write_kv(key_states, value_states, self.keys, self.values, starts, cache.num_nodes)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

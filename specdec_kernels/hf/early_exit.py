@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from ..drafters.base import DraftContext
+from ..drafters.growth import Growth
+from ..drafters.network import DraftNetwork, Level, TargetView
+from ..shapes import PAD
+from .features import HFTargetView
+from .growing import GrowingTarget
 
 
 class EarlyExit:
@@ -49,3 +59,90 @@ class EarlyExit:
         assert self._hidden is not None
         logits: Tensor = self._head(self._norm(self._hidden))
         return logits
+
+
+class EarlyExitModel(DraftNetwork):
+    """The target's first layers, with its norm and head behind them: no second model.
+
+    Its keys and values of committed tokens are the target's own in these layers, so there is
+    nothing to prefill; its drafts lie in the target's cache behind the committed slots, until the
+    target writes its own tree there.
+
+    Args:
+        num_layers: how many layers it runs.
+
+    Source: draft and verify, Zhang et al., 2309.08168; LayerSkip, Elhoushi et al., 2404.16710.
+    """
+
+    uses_target_slots = True
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self._batch = 0
+
+    @contextmanager
+    def attach(self, target: TargetView) -> Iterator[None]:
+        """See `DraftNetwork`.
+
+        Raises:
+            ValueError: a target without so many layers, or of another build.
+        """
+        if not isinstance(target, HFTargetView):
+            raise ValueError(f"EarlyExitModel needs a transformers model, got {target.name}")
+        self._target = target.target
+        self._model = first_layers(self._target.model, self.num_layers)
+        yield
+
+    def begin(self, batch: int, num_slots: int) -> None:
+        """See `DraftNetwork`."""
+        self._batch = batch
+        self._cached: GrowingTarget | None = None
+
+    def start(self, context: DraftContext) -> Tensor:
+        """See `DraftNetwork`."""
+        if self._cached is None:  # the target's buffers are there once it has prefilled
+            self._cached = GrowingTarget(self._model, 0)
+            self._cached.share(self._target.cache)
+        self._growth = Growth(self._batch, self._target.device)
+        roots = [
+            [(sequence[-1], PAD)] if active else []
+            for sequence, active in zip(context.sequences, context.active, strict=True)
+        ]
+        return self._cached.grow(self._growth.add(roots))[:, 0]
+
+    def extend(self, level: Level) -> Tensor:
+        """See `DraftNetwork`."""
+        assert self._cached is not None
+        # The root is node 0 here, so that everything else is counted one further.
+        rows = [[(token, parent - PAD) for token, parent in row] for row in level]
+        return self._cached.grow(self._growth.add(rows))
+
+
+def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """A model that shares the weights of the first layers, the norm and the head of another.
+
+    Raises:
+        ValueError: an architecture whose decoder has no list of layers, or not so many.
+    """
+    decoder: Any = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    names = [name for name, module in model.named_children() if module is decoder]
+    if not isinstance(layers, nn.ModuleList) or not names:
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers to exit from")
+    if not 0 < num_layers < len(layers):
+        raise ValueError(
+            f"exit layer must be in [1, {len(layers) - 1}] for {type(model).__name__}, "
+            f"got {num_layers}"
+        )
+    shorter = _shallow(decoder)
+    shorter._modules["layers"] = nn.ModuleList(layers[:num_layers])
+    whole: PreTrainedModel = _shallow(model)
+    whole._modules[names[0]] = shorter
+    return whole
+
+
+def _shallow(module: Any) -> Any:
+    """A module of its own with the same children."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin

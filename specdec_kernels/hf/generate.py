@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,19 +16,27 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.generation.stopping_criteria import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    StopStringCriteria,
-)
+from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..decoding import DecodeStats, Listener, check_rule, decode
+from ..budget import CONSERVATIVE, Budget, load_cost
+from ..decoding import Listener, check_rule, decode
 from ..drafters import Drafter, PromptLookupDrafter, make_drafter
 from ..drafting import SamplingParams
+from ..statistics import DecodeStats, TotalStats
 from .attention import tree_attention_in
-from .support import check_lengths, check_model, check_request, sampling_options
+from .cache import CACHE_KEYWORDS, TreeCache
+from .compiled import Backend, compiled_capacity
+from .cost import cost_key
+from .draft_model import assistant_drafter
+from .features import HFTargetView
+from .processors import Processors, fused_bias
+from .ranks import agreement
+from .record import ScoreRecord
+from .rows import FILTERS, row_seeds, sampling_params, unpad
+from .stopping import StopRule
+from .support import check_lengths, check_model, check_positions, check_request, split_processors
 from .target import HFTarget
 
 
@@ -38,7 +48,7 @@ class SpeculativeDecoder:
     on the drafter or the other rows.
 
     Args:
-        drafter: a `Drafter`, the name of one ("prompt_lookup", "none"), or None for plain decoding.
+        drafter: a `Drafter`, the name of one (see `drafters.DRAFTERS`), or None for plain decoding.
         seed: of sampled output; one int for all rows or one per row. None draws one from torch's
             global generator. With `num_return_sequences`, the i-th sequence of a prompt uses `seed
             + i`.
@@ -47,9 +57,17 @@ class SpeculativeDecoder:
         streamer: receives tokens as they are committed, and is ended. It belongs here: `generate`
             keeps the streamer that it is given from custom loops.
         listener: called with (row, new tokens, how many of them were accepted draft tokens).
+        budget: sizes trees by cost and acceptance, and decodes plainly where drafts do not pay.
+            None gives one, with the costs that `specdec tune` measured for the model if it did, to
+            drafters that want it ("auto"); True to any drafter, False to none.
+        temperature, top_k, top_p, min_p: one value per row, instead of what `generate` is given;
+            temperature 0 is a greedy row. They need `do_sample=True`.
+        compile: run the steps under `torch.compile`, with trees padded to a few sizes; True, or a
+            backend that it takes.
 
     Attributes:
         stats: `DecodeStats` of the last call.
+        totals: `TotalStats` of all calls.
 
     Raises:
         ValueError: an unknown drafter or rule, a lossy rule.
@@ -57,12 +75,18 @@ class SpeculativeDecoder:
 
     def __init__(
         self,
-        drafter: Drafter | str | None = "prompt_lookup",
+        drafter: Drafter | str | None = "auto",
         *,
         seed: int | Sequence[int] | None = None,
         rule: str | None = None,
         streamer: BaseStreamer | None = None,
         listener: Listener | None = None,
+        budget: Budget | bool | None = None,
+        temperature: Sequence[float] | None = None,
+        top_k: Sequence[int] | None = None,
+        top_p: Sequence[float] | None = None,
+        min_p: Sequence[float] | None = None,
+        compile: Backend = False,
     ) -> None:
         self.drafter = make_drafter(drafter) if isinstance(drafter, str) else drafter
         check_rule(rule)
@@ -70,7 +94,13 @@ class SpeculativeDecoder:
         self.rule = rule
         self.streamer = streamer
         self.listener = listener
+        self.budget = budget
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        self.per_row = {name: values for name, values in given.items() if values is not None}
+        self.compile = compile
         self.stats: DecodeStats | None = None
+        self.totals = TotalStats()
+        self._budgets: dict[str, Budget] = {}  # by model
 
     def __call__(
         self,
@@ -85,7 +115,8 @@ class SpeculativeDecoder:
 
         Returns:
             sequences [B, T] int64, finished rows padded on the right; a `GenerateDecoderOnlyOutput`
-            with `return_dict_in_generate=True`.
+            with `return_dict_in_generate=True`. Its cache can be given to a later call whose
+            prompts begin with these sequences. Scores and logits of a row that has ended are 0.
 
         Raises:
             ValueError: what cannot be exact (see `support.py`), or an invalid proposal.
@@ -114,20 +145,36 @@ class SpeculativeDecoder:
     ) -> Tensor | GenerateDecoderOnlyOutput:
         check_model(model)
         check_request(config, input_ids, model_inputs)
-        options = sampling_options(processors, bool(config.do_sample))
         if self.streamer is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer takes one row, got a batch of {len(input_ids)}")
-        prompts = _unpad(input_ids, model_inputs.get("attention_mask"))
+        prompts = unpad(input_ids, model_inputs.get("attention_mask"))
         check_lengths(model, prompts)
         pads = [row[: len(row) - len(p)] for row, p in zip(input_ids, prompts, strict=True)]
-        stop = _StopRule(criteria, pads, input_ids.shape[1])
+        agree = agreement(model)
+        stop = StopRule(criteria, pads, input_ids.shape[1], agree)
         max_lengths = [stop.max_length - len(p) for p in pads]
+        check_positions(model, prompts, max(max_lengths))
         nodes = 1 if self.drafter is None else self.drafter.max_nodes
-        target = HFTarget(model, max(max_lengths) + nodes)
-        sampling = self._sampling(options, len(prompts), config.num_return_sequences or 1, target)
+        capacity = max(max_lengths) + nodes
+        if self.compile:
+            capacity = compiled_capacity(max(max_lengths), nodes)
+        given = [c for name in CACHE_KEYWORDS if (c := model_inputs.get(name)) is not None]
+        cache = TreeCache.adopt(given, model, len(prompts))
+        target = HFTarget(model, capacity, cache, compile=self.compile)
+        process, sampling = self._laws(processors, pads, config, target, agree)
+        record = ScoreRecord(
+            sampling,
+            len(prompts),
+            keeps_logits=bool(config.return_dict_in_generate and config.output_logits),
+            keeps_scores=bool(config.return_dict_in_generate and config.output_scores),
+        )
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        with tree_attention_in(model):
+        with (
+            tree_attention_in(model),
+            _attached(self.drafter, target),
+            target.cache.in_use(),
+        ):
             sequences, self.stats = decode(
                 target,
                 self.drafter,
@@ -137,14 +184,36 @@ class SpeculativeDecoder:
                 sampling=sampling,
                 rule=self.rule,
                 listener=self._listen,
+                budget=self._budget_of(model),
+                process=process or None,
+                recorder=record or None,
+                agree=agree,
             )
+            target.cache.hold(sequences)
+        self.totals.add(self.stats)
         new = [torch.tensor(s[len(p) :]) for s, p in zip(sequences, prompts, strict=True)]
         pad = config.pad_token_id if config.pad_token_id is not None else stop.default_pad
         generated = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=pad)
         output = torch.cat([input_ids, generated.to(input_ids)], 1)
-        if config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=output)  # type: ignore[arg-type]
-        return output
+        if not config.return_dict_in_generate:
+            return output
+        fields = GenerateDecoderOnlyOutput.__dataclass_fields__
+        kept: Any = {next(n for n in CACHE_KEYWORDS if n in fields): target.cache}
+        values: Any = {"sequences": output, "scores": record.scores(), "logits": record.logits()}
+        return GenerateDecoderOnlyOutput(**values, **kept)
+
+    def _budget_of(self, model: PreTrainedModel) -> Budget | None:
+        if self.drafter is None:
+            return None
+        if isinstance(self.budget, Budget):
+            return self.budget
+        wants = self.drafter.wants_budget if self.budget is None else self.budget
+        if not wants:
+            return None
+        key = cost_key(model)
+        if key not in self._budgets:
+            self._budgets = {key: Budget(load_cost(key) or CONSERVATIVE)}
+        return self._budgets[key]
 
     def _listen(self, row: int, tokens: list[int], num_accepted: int) -> None:
         if self.streamer is not None:
@@ -152,31 +221,49 @@ class SpeculativeDecoder:
         if self.listener is not None:
             self.listener(row, tokens, num_accepted)
 
-    def _sampling(
-        self, options: dict[str, float], batch: int, num_return: int, target: HFTarget
-    ) -> SamplingParams:
-        if not options:
-            return SamplingParams()
-        seeds = _row_seeds(self.seed, batch, num_return)
-        dtypes = {name: torch.int32 if name == "top_k" else torch.float32 for name in options}
-        tensors = {
-            name: torch.full((batch,), value, dtype=dtypes[name], device=target.device)
-            for name, value in options.items()
-        }
-        return SamplingParams(seeds=torch.tensor(seeds, device=target.device), **tensors)
+    def _laws(
+        self,
+        processors: LogitsProcessorList,
+        pads: Sequence[Tensor],
+        config: GenerationConfig,
+        target: HFTarget,
+        agree: Any,
+    ) -> tuple[Processors, SamplingParams]:
+        """What changes the logits node by node, and what `verify` applies itself."""
+        do_sample = bool(config.do_sample)
+        rest, fused = split_processors(processors, do_sample)
+        bias = fused_bias(rest, target.vocab_size, target.device)
+        if bias is not None:
+            rest = []
+        seeds = row_seeds(self.seed, len(pads), config.num_return_sequences or 1)
+        (agreed,) = agree((torch.tensor(seeds, device=target.device),))
+        sampling = sampling_params(
+            fused,
+            self.per_row,
+            agreed.tolist(),
+            bias,
+            do_sample=do_sample,
+            device=target.device,
+        )
+        return Processors(rest, pads), sampling
 
 
 def generate(
     model: PreTrainedModel,
     inputs: Tensor | None = None,
     *,
-    drafter: Drafter | str | None = "prompt_lookup",
+    drafter: Drafter | str | None = "auto",
     seed: int | Sequence[int] | None = None,
     rule: str | None = None,
     streamer: BaseStreamer | None = None,
     stop_strings: str | list[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompt_lookup_num_tokens: int | None = None,
+    assistant_model: PreTrainedModel | None = None,
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None,
+    num_assistant_tokens: int | None = None,
+    budget: Budget | bool | None = None,
+    compile: Backend = False,
     **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """`model.generate` with speculation, and with the arguments that it keeps from custom loops.
@@ -184,100 +271,74 @@ def generate(
     Args:
         model: any causal language model of transformers.
         inputs: [B, P] int64 prompt tokens, left-padded; or pass `input_ids=`.
-        drafter, seed, rule, streamer: as in `SpeculativeDecoder`.
+        drafter, seed, rule, streamer, budget, compile: as in `SpeculativeDecoder`.
         stop_strings: end a row when it contains one of them; needs `tokenizer`.
-        tokenizer: only for `stop_strings`.
+        tokenizer: for `stop_strings`, and to compare with `assistant_tokenizer`.
         prompt_lookup_num_tokens: draft by prompt lookup with trees of this many draft tokens.
-        **kwargs: everything else that `model.generate` takes.
+        assistant_model: draft with this model, chains that are sampled where the target samples.
+        assistant_tokenizer: its tokenizer, which must be the target's.
+        num_assistant_tokens: draft tokens of the assistant's chains; None takes the number that its
+            generation config has, else 5. Trees drafted from text have a size of their own.
+        **kwargs: everything else that `model.generate` takes. `temperature`, `top_k`, `top_p` and
+            `min_p` may be lists, with one value per row. `generation_config` may hold any of them.
 
     Returns:
         as `SpeculativeDecoder.__call__`.
 
     Raises:
-        ValueError: as `SpeculativeDecoder.__call__`; stop_strings without tokenizer; an
-            `assistant_model`.
+        ValueError: as `SpeculativeDecoder.__call__`; stop_strings without tokenizer; an assistant
+            with another vocabulary.
     """
-    if kwargs.get("assistant_model") is not None:
-        raise ValueError("assistant_model is not supported yet; pass a drafter")
     if kwargs.get("custom_generate") is not None:
         raise ValueError("custom_generate cannot be combined with specdec_kernels.generate")
-    if prompt_lookup_num_tokens is not None:
-        drafter = PromptLookupDrafter(prompt_lookup_num_tokens + 1)
+    config = kwargs.get("generation_config") or model.generation_config
+    if assistant_model is not None:
+        if prompt_lookup_num_tokens is not None:
+            raise ValueError("give either assistant_model or prompt_lookup_num_tokens")
+        tokenizers = None
+        if tokenizer is not None and assistant_tokenizer is not None:
+            tokenizers = (tokenizer, assistant_tokenizer)
+        drafter = assistant_drafter(assistant_model, num_assistant_tokens, tokenizers)
+    elif assistant_tokenizer is not None:
+        raise ValueError("assistant_tokenizer needs an assistant_model")
+    else:
+        if prompt_lookup_num_tokens is None:
+            prompt_lookup_num_tokens = config.prompt_lookup_num_tokens
+        if prompt_lookup_num_tokens is not None:
+            options = _lookup_options(config, kwargs)
+            drafter = PromptLookupDrafter(prompt_lookup_num_tokens + 1, **options)
+    kwargs.pop("num_assistant_tokens_schedule", None)  # chains and trees have fixed sizes
+    stop_strings = config.stop_strings if stop_strings is None else stop_strings
     if stop_strings is not None:
         if tokenizer is None:
             raise ValueError("stop_strings needs the tokenizer: pass tokenizer=")
         criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
         kwargs["stopping_criteria"] = [*criteria, StopStringCriteria(tokenizer, stop_strings)]
         kwargs["stopping_criteria"] = StoppingCriteriaList(kwargs["stopping_criteria"])
-    decoder = SpeculativeDecoder(drafter, seed=seed, rule=rule, streamer=streamer)
+        if config.stop_strings is not None:  # `generate` would look for the tokenizer itself
+            kwargs["generation_config"] = config = copy.copy(config)
+            config.stop_strings = None
+    is_row = {name: isinstance(kwargs.get(name), (list, tuple, Tensor)) for name in FILTERS}
+    per_row: Any = {name: list(kwargs.pop(name)) for name in FILTERS if is_row[name]}
+    decoder = SpeculativeDecoder(
+        drafter,
+        seed=seed,
+        rule=rule,
+        streamer=streamer,
+        budget=budget,
+        compile=compile,
+        **per_row,
+    )
     method: Any = model.generate  # a mixin that PreTrainedModel does not declare
     output: Tensor | GenerateDecoderOnlyOutput = method(inputs, custom_generate=decoder, **kwargs)
     return output
 
 
-class _StopRule:
-    """The stopping criteria of `generate`, asked after every single token, so that none is
-    overshot.
-    """
-
-    def __init__(
-        self, criteria: StoppingCriteriaList, pads: Sequence[Tensor], prompt_length: int
-    ) -> None:
-        self.eos: list[int] = []
-        self.others: list[Any] = []
-        self.pads = pads  # criteria see the padded row, as in plain decoding
-        limits = []
-        for criterion in criteria:
-            if isinstance(criterion, EosTokenCriteria):
-                self.eos += criterion.eos_token_id.tolist()
-            elif isinstance(criterion, MaxLengthCriteria):
-                limits.append(criterion.max_length)
-            else:
-                self.others.append(criterion)
-        if not limits:
-            raise ValueError("a length limit is needed: pass max_new_tokens or max_length")
-        self.max_length = min(limits)
-        self.default_pad = self.eos[0] if self.eos else 0
-        if self.max_length <= prompt_length:
-            raise ValueError(
-                f"max_new_tokens must be >= 1, got max_length {self.max_length} "
-                f"for a prompt of {prompt_length} tokens"
-            )
-
-    def __call__(self, row: int, sequence: list[int]) -> bool:
-        if sequence[-1] in self.eos:
-            return True
-        if not self.others:
-            return False
-        pads = self.pads[row]
-        ids = torch.cat([pads, torch.tensor(sequence, device=pads.device)])[None]
-        return any(bool(criterion(ids, None).any()) for criterion in self.others)
+def _attached(drafter: Drafter | None, target: HFTarget) -> AbstractContextManager[object]:
+    return nullcontext() if drafter is None else drafter.attach(HFTargetView(target))
 
 
-def _unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
-    """The real tokens of every left-padded row."""
-    if attention_mask is None:
-        return [list(row) for row in input_ids.tolist()]
-    prompts = []
-    for row, (tokens, mask) in enumerate(
-        zip(input_ids.tolist(), attention_mask.tolist(), strict=True)
-    ):
-        length = sum(mask)
-        if not all(mask[len(mask) - length :]):
-            raise ValueError(
-                f"attention_mask of row {row} must be 0s, then 1s up to the last column "
-                "(left padding)"
-            )
-        prompts.append(tokens[len(tokens) - length :])
-    return prompts
-
-
-def _row_seeds(seed: int | Sequence[int] | None, batch: int, num_return: int) -> list[int]:
-    """One seed per row; rows of the same prompt must differ, whatever else is in the batch."""
-    if seed is None:
-        seed = int(torch.randint(0, 2**62, ()))
-    if isinstance(seed, int):
-        return [seed + row % num_return for row in range(batch)]
-    if len(seed) != batch:
-        raise ValueError(f"seed must be an int or one per row = {batch}, got {len(seed)}")
-    return [int(s) for s in seed]
+def _lookup_options(config: GenerationConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The longest n-gram, if it was given."""
+    size = kwargs.pop("max_matching_ngram_size", None) or config.max_matching_ngram_size
+    return {} if size is None else {"max_ngram": size}

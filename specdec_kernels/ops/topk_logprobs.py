@@ -49,12 +49,16 @@ def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: k outside [1, V].
     """
-    vocab = logits.shape[1]
-    if not 1 <= k <= vocab:
-        raise ValueError(f"topk_logprobs: k must be in [1, V] = [1, {vocab}], got {k}")
+    check_k(k, logits.shape[1])
     scores = logits.float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
     tokens = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     best = scores.gather(1, tokens)
     total = scores.double().logsumexp(-1, keepdim=True)
     logprobs = (best.double() - total).nan_to_num(-torch.inf, torch.inf, -torch.inf)
     return logprobs.float(), tokens.contiguous()
+
+
+def check_k(k: int, vocab: int) -> None:
+    """Raise if a row has no k tokens."""
+    if not 1 <= k <= vocab:
+        raise ValueError(f"topk_logprobs: k must be in [1, V] = [1, {vocab}], got {k}")

@@ -13,7 +13,7 @@ from .cache_slots import cache_inputs, physical
 from .tree_mask import tree_mask
 
 
-def _fake(
+def empty_outputs(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -29,6 +29,7 @@ def _fake(
     softcap: float = 0.0,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """Outputs of the right shapes, dtypes and strides."""
     batch, heads, nodes, _ = q.shape
     out = q.new_empty((batch, nodes, heads, v_cache.shape[3])).transpose(1, 2)
     lse_shape = (batch, heads, nodes) if return_lse else (0, 0, 0)
@@ -72,7 +73,7 @@ def _inputs(
     shapes="q: B H N D float, k_cache: C G S D float, v_cache: C G S E float, "
     "ancestors: B N W int64, depths: B N int32, lengths: B int32, num_nodes: B int32, "
     "page_table: B M int32, sinks: H float32",
-    fake=_fake,
+    fake=empty_outputs,
     inputs=_inputs,
     tolerance={torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2},
     cases=(
@@ -131,9 +132,10 @@ def tree_attention(
     Source: tree attention, Miao et al., "SpecInfer", 2305.09781, section 4.
     """
     batch, heads, nodes, _ = q.shape
-    _check_sizes(q, k_cache, ancestors, lengths, num_nodes, page_table, window, softcap)
+    check_sizes(q, k_cache, ancestors, page_table, window, softcap)
     size = k_cache.shape[2]
     capacity = size if page_table is None else size * page_table.shape[1]
+    _check_lengths(lengths, num_nodes, capacity)
     slots = torch.arange(capacity, device=q.device).expand(batch, -1)
     page, slot = physical(slots, size, page_table)
     seen = _visible(ancestors, depths, lengths, num_nodes, slots, window)  # [B, N, S]
@@ -181,18 +183,17 @@ def _visible(
     return seen & (torch.arange(nodes, device=slots.device) < num_nodes[:, None])[:, :, None]
 
 
-def _check_sizes(
+def check_sizes(
     q: Tensor,
     k_cache: Tensor,
     ancestors: Tensor,
-    lengths: Tensor,
-    num_nodes: Tensor,
     page_table: Tensor | None,
     window: int,
     softcap: float,
 ) -> None:
+    """Raise for sizes and options that no call may have; the shape table does the rest."""
     batch, heads, nodes, _ = q.shape
-    rows, groups, size, _ = k_cache.shape
+    rows, groups, _, _ = k_cache.shape
     words = (nodes + 63) // 64
     if groups == 0 or heads % groups:
         raise ValueError(
@@ -213,8 +214,11 @@ def _check_sizes(
         raise ValueError(
             f"tree_attention: window and softcap must be >= 0, got {window} and {softcap}"
         )
-    capacity = size if page_table is None else size * page_table.shape[1]
-    if q.device.type == "cpu" and batch:
+
+
+def _check_lengths(lengths: Tensor, num_nodes: Tensor, capacity: int) -> None:
+    """Raise for slots outside the cache, on host tensors."""
+    if lengths.device.type == "cpu" and lengths.shape[0]:
         last = int((lengths + num_nodes).max())
         if last > capacity or int(lengths.min()) < 0:
             raise ValueError(

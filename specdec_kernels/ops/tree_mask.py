@@ -43,7 +43,7 @@ def tree_mask(parents: Tensor, num_nodes: Tensor) -> tuple[Tensor, Tensor]:
         depth 0.
 
     Raises:
-        ValueError: a wrong topology (host tensors; on a device a bad parent counts as the root).
+        ValueError: a wrong topology (host tensors; on a device it counts as the nearest good one).
     """
     batch, nodes = parents.shape
     index = torch.arange(nodes, device=parents.device)

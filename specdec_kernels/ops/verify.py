@@ -16,7 +16,7 @@ from ..sampling import NO_FINITE_LOGIT, OK, draw, filtered_scores, keep_infinite
 from ..shapes import PAD
 from ..tree import DraftKind, random_trees
 from .sample import sampling_inputs
-from .verify_checks import Laws, check_drafts
+from .verify_checks import Laws, check_arguments, check_drafts
 
 
 def _fake(
@@ -238,9 +238,10 @@ def verify(
     """
     laws = (draft_rows, draft_probs, draft_logits, draft_offsets)
     batch, nodes, vocab = logits.shape
-    check_drafts(rule, lossy, parents, num_nodes, kinds, laws, vocab)
-    if temperature is not None and coins is None and (seeds is None or positions is None):
-        raise ValueError("verify: seeds and positions must be given with temperature, got None")
+    check_arguments(
+        rule, lossy, draft_rows, draft_probs, draft_logits, temperature, seeds, positions, coins
+    )
+    check_drafts(rule, parents, num_nodes, kinds, laws, vocab)
     filters = (temperature, top_k, top_p, min_p, bias, mask)
     path, num_accepted, next_tokens, status = _walk(
         logits, tokens, parents, num_nodes, seeds, positions, filters, coins

@@ -12,9 +12,32 @@ Laws = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """draft_rows, draft_probs, draft_logits, draft_offsets"""
 
 
-def check_drafts(
+def check_arguments(
     rule: str,
     lossy: bool,
+    draft_rows: Tensor | None,
+    probs: Tensor | None,
+    logits: Tensor | None,
+    temperature: Tensor | None,
+    seeds: Tensor | None,
+    positions: Tensor | None,
+    coins: Tensor | None,
+) -> None:
+    """Refuse arguments that do not go together, whatever the tensors hold."""
+    if rule not in RULES:
+        raise ValueError(f"verify: rule must be one of {', '.join(RULES)}, got '{rule}'")
+    if rule == "typical" and not lossy:
+        raise ValueError("verify: rule 'typical' is lossy and must be asked for with lossy=True")
+    if probs is not None and logits is not None:
+        raise ValueError("verify: draft_probs or draft_logits must be given, got both")
+    if (probs is None and logits is None) != (draft_rows is None):
+        raise ValueError("verify: draft_rows and a draft law must be given together, got one")
+    if temperature is not None and coins is None and (seeds is None or positions is None):
+        raise ValueError("verify: seeds and positions must be given with temperature, got None")
+
+
+def check_drafts(
+    rule: str,
     parents: Tensor,
     num_nodes: Tensor,
     kinds: Tensor | None,
@@ -23,15 +46,7 @@ def check_drafts(
 ) -> None:
     """Refuse what the rule cannot test."""
     draft_rows, probs, logits, offsets = laws
-    if rule not in RULES:
-        raise ValueError(f"verify: rule must be one of {', '.join(RULES)}, got '{rule}'")
-    if rule == "typical" and not lossy:
-        raise ValueError("verify: rule 'typical' is lossy and must be asked for with lossy=True")
     law = logits if probs is None else probs
-    if probs is not None and logits is not None:
-        raise ValueError("verify: draft_probs or draft_logits must be given, got both")
-    if (law is None) != (draft_rows is None):
-        raise ValueError("verify: draft_rows and a draft law must be given together, got one")
     if law is not None:
         draft_ids = torch.arange(law.shape[2], device=law.device)
         ids = (draft_ids if offsets is None else draft_ids + offsets).tolist()

@@ -1,0 +1,203 @@
+"""How many nodes a step is worth: the cost of a forward pass against what the drafts may bring."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .paths import cache_root
+
+_MEMORY = 0.9
+"""Weight of the past in running means of times and of acceptance."""
+_MARGIN = 0.02
+"""Speculation must promise so much more than plain decoding."""
+_PATIENCE, _LONGEST_REST = 6, 12
+"""After so many steps not worth a draft, rest for one step, then two, ..., up to so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostCurve:
+    """Time of a forward pass over n tokens, T(n).
+
+    Attributes:
+        nodes: token counts, increasing, 1 first.
+        seconds: time of each, in any unit.
+    """
+
+    nodes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what is no curve."""
+        increasing = all(a < b for a, b in zip(self.nodes, self.nodes[1:], strict=False))
+        positive = all(math.isfinite(s) and s > 0 for s in self.seconds)
+        if len(self.nodes) != len(self.seconds) or len(self.nodes) < 2:
+            raise ValueError(
+                "CostCurve: nodes and seconds must be equally many, at least two, "
+                f"got {len(self.nodes)} and {len(self.seconds)}"
+            )
+        if self.nodes[0] != 1 or not increasing or not positive:
+            raise ValueError(
+                "CostCurve: nodes must increase from 1 and seconds be positive, "
+                f"got {self.nodes} and {self.seconds}"
+            )
+
+    def __call__(self, nodes: int) -> float:
+        """T(nodes): linear between the points and, with the last slope, beyond them."""
+        last = len(self.nodes) - 1
+        right = next((i for i in range(1, last) if self.nodes[i] >= nodes), last)
+        x0, x1 = self.nodes[right - 1], self.nodes[right]
+        y0, y1 = self.seconds[right - 1], self.seconds[right]
+        return max(y0 + (y1 - y0) * (nodes - x0) / (x1 - x0), 1e-3 * self.seconds[0])
+
+
+CONSERVATIVE = CostCurve((1, 2, 4, 8, 16, 32, 64), (1.0, 1.1, 1.2, 1.35, 1.65, 2.3, 3.6))
+"""Without a measurement: relative times of a small model on a few CPU cores. Where passes over many
+tokens are cheaper, trees stay smaller than they could be.
+"""
+
+
+class Budget:
+    """Chooses the number of nodes of each step, and rests when drafts do not pay.
+
+    A drafter that estimates probabilities asks `choose`; trees of others are kept whole or, while
+    they do not pay, left out. Decisions use the cost curve, times measured so far, and draft
+    probabilities and acceptance of the past: never a token that was drawn for this step, so that
+    sampled drafts stay lossless. With sampled drafts the wall clock then decides which draws are
+    made, and a seed no longer fixes the text.
+
+    Args:
+        cost: T(n) of the target; its unit does not matter.
+    """
+
+    def __init__(self, cost: CostCurve = CONSERVATIVE) -> None:
+        self.cost = cost
+        self._trust = 1.0  # accepted / promised draft tokens of late
+        self._promised = self._accepted = 4.0
+        self._draft_cost = 0.0  # in the unit of the curve
+        self._unit: float | None = None  # seconds per unit of the curve
+        self._idle = 0  # steps in a row that were not worth a draft
+        self._rest = 0  # steps still to rest
+        self._next_rest = 1
+        self._has_chosen = False
+        self._gain = 1.0  # running mean of accepted draft tokens per row, of trees not chosen here
+
+    def rests(self) -> bool:
+        """Whether this step should not even draft; asked once per step."""
+        self._has_chosen = False
+        if self._rest > 0:
+            self._rest -= 1
+            return True
+        return False
+
+    def choose(self, scores: Sequence[Sequence[float]]) -> int:
+        """Nodes per row, the root included, that make the most tokens per second; 1 is plain.
+
+        Args:
+            scores: for each running row, the probability of acceptance of its draft nodes, sorted
+                so that every prefix is a tree. Rows are padded to the longest, so all get one size.
+        """
+        self._has_chosen = True
+        batch = max(1, len(scores))
+        tokens = float(batch)
+        plain = best = tokens / self.cost(batch)
+        plain *= 1 + _MARGIN
+        size = 1
+        for extra in range(max((len(row) for row in scores), default=0)):
+            tokens += self._trust * sum(row[extra] for row in scores if extra < len(row))
+            rate = tokens / (self.cost(batch * (extra + 2)) + self._draft_cost)
+            if rate > max(best, plain):
+                best, size = rate, extra + 2
+        self._promised *= _MEMORY
+        self._accepted *= _MEMORY
+        self._promised += sum(sum(row[: size - 1]) for row in scores)
+        self._note_idle(size == 1)
+        return size
+
+    def record(
+        self,
+        *,
+        batch: int,
+        nodes: int,
+        num_accepted: int,
+        forward_seconds: float,
+        draft_seconds: float,
+    ) -> None:
+        """What the step did.
+
+        Args:
+            batch, nodes: of the trees, padding included.
+            num_accepted: draft tokens kept, of all rows.
+            forward_seconds, draft_seconds: wall time; 0 of a step without drafting.
+        """
+        cost = self.cost(max(1, batch * nodes))
+        unit = forward_seconds / cost
+        # the least of a slowly growing bound: other processes only ever make a pass longer
+        self._unit = unit if self._unit is None else min(unit, self._unit * 1.05)
+        if draft_seconds > 0 and self._unit > 0:
+            spent = min(draft_seconds / self._unit, self.cost(1))
+            self._draft_cost = _MEMORY * self._draft_cost + (1 - _MEMORY) * spent
+        if self._has_chosen:
+            self._accepted += num_accepted
+            self._trust = min(1.25, max(0.1, (self._accepted + 0.2) / (self._promised + 0.2)))
+        elif nodes > 1:
+            self._gain = _MEMORY * self._gain + (1 - _MEMORY) * num_accepted / batch
+            rate = (1.0 + self._gain) / (cost + self._draft_cost)
+            self._note_idle(rate < (1.0 + _MARGIN) / self.cost(batch))
+
+    def _note_idle(self, is_idle: bool) -> None:
+        if not is_idle:
+            self._idle, self._next_rest = 0, 1
+            return
+        self._idle += 1
+        if self._idle >= _PATIENCE:
+            self._rest = self._next_rest
+            self._next_rest = min(2 * self._next_rest, _LONGEST_REST)
+
+
+def cost_file() -> Path:
+    """Where `specdec tune` writes and decoders look: `costs.json` in the cache folder."""
+    return cache_root() / "costs.json"
+
+
+def load_cost(key: str, path: Path | None = None) -> CostCurve | None:
+    """The measured curve of a model, by the key that `specdec tune` gave it; None if there is none.
+
+    Raises:
+        ValueError: a file that is not what `save_cost` writes.
+    """
+    path = path or cost_file()
+    if not path.exists():
+        return None
+    entry = _read(path).get(key)
+    if entry is None:
+        return None
+    try:
+        return CostCurve(tuple(map(int, entry["nodes"])), tuple(map(float, entry["seconds"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no cost curve under {key!r}: {error}") from None
+
+
+def save_cost(key: str, curve: CostCurve, path: Path | None = None) -> Path:
+    """Add a curve to the file, beside those of other models; the file."""
+    path = path or cost_file()
+    curves = _read(path) if path.exists() else {}
+    curves[key] = {"nodes": list(curve.nodes), "seconds": list(curve.seconds)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(curves, indent=1) + "\n", "utf-8")
+    partial.replace(path)
+    return path
+
+
+def _read(path: Path) -> dict[str, dict[str, list[float]]]:
+    try:
+        curves = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(curves, dict):
+        raise ValueError(f"{path}: must be a JSON object, got {type(curves).__name__}")
+    return curves

@@ -1,0 +1,160 @@
+"""Which drafter a command uses: its options, and what they make.
+
+Modules that import torch or transformers are imported inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from .drafters import Drafter, DraftNetwork
+    from .drafters.model import TreePlan
+    from .hf.text import TextModel
+
+DraftModelName = Annotated[
+    str | None,
+    typer.Option("--draft-model", help="For --drafter draft: a folder or id, as for --model."),
+]
+ExitLayer = Annotated[
+    int | None, typer.Option(min=1, help="For --drafter early-exit: layers of the target to run.")
+]
+HeadsFolder = Annotated[
+    Path | None,
+    typer.Option("--heads", help="For --drafter heads: Medusa, MLP speculator or EAGLE folder."),
+]
+Tree = Annotated[
+    str,
+    typer.Option(
+        help='Of draft, early-exit and heads: "top-k", or children by depth, sampled: 4-2-1-1.'
+    ),
+]
+Depth = Annotated[int | None, typer.Option(min=1, help="Deepest node of a top-k tree; 5.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Beams of a top-k tree; 4.")]
+Siblings = Annotated[
+    Literal["distinct", "independent", "greedy"],
+    typer.Option(help="Sampled trees: drawn without or with replacement, or one drawn beside top."),
+]
+DraftTemperature = Annotated[
+    float | None, typer.Option(min=0.0, help="Of sampled trees; the target's if not given.")
+]
+
+_NEEDS = {"draft": "draft_model", "early-exit": "exit_layer", "heads": "heads"}
+"""Drafter -> the option that it needs, and nothing else takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterOptions:
+    """The options of one command; `check` comes before a model is loaded, `make` after.
+
+    Attributes:
+        name: of the drafter.
+        max_nodes: most nodes of a tree, root included; None is the drafter's default.
+        draft_model, exit_layer, heads: what `draft`, `early-exit` and `heads` need.
+        tree: "top-k" or children by depth, joined by "-".
+        depth, width: of a top-k tree; None is its default.
+        siblings: how a sampled tree draws them.
+        draft_temperature: of a sampled tree.
+    """
+
+    name: str
+    max_nodes: int | None = None
+    draft_model: str | None = None
+    exit_layer: int | None = None
+    heads: Path | None = None
+    tree: str = "top-k"
+    depth: int | None = None
+    width: int | None = None
+    siblings: str = "distinct"
+    draft_temperature: float | None = None
+
+    def check(self) -> None:
+        """Refuse options that do not belong together.
+
+        Raises:
+            typer.BadParameter: names them.
+            ValueError: an unknown drafter.
+        """
+        for name, option in _NEEDS.items():
+            flag = f"--{option.replace('_', '-')}"
+            if (self.name == name) != (getattr(self, option) is not None):
+                verb = "needs" if self.name == name else "does not take"
+                raise typer.BadParameter(f"--drafter {self.name} {verb} {flag}")
+        if self.name in _NEEDS:
+            self._plan()
+            return
+        if self._tree_options():
+            raise typer.BadParameter(
+                f"--{self._tree_options()[0]} needs --drafter draft, early-exit or heads"
+            )
+        self._text_drafter()
+
+    def make(self, subject: TextModel) -> Drafter | None:
+        """The drafter for this target; None decodes plainly.
+
+        Raises:
+            ValueError: a draft model or heads that cannot be loaded or do not fit.
+        """
+        if self.name not in _NEEDS:
+            return self._text_drafter()
+        from .drafters import ModelDrafter
+
+        return ModelDrafter(self._network(subject), self._plan())
+
+    def _network(self, subject: TextModel) -> DraftNetwork:
+        from .drafters import load_heads
+        from .hf import DraftModel, EarlyExitModel
+        from .hf.text import TextModel
+
+        if self.draft_model is not None:
+            draft = TextModel(self.draft_model, dtype=subject.dtype)
+            return DraftModel(draft.model, tokenizers=(subject.tokenizer, draft.tokenizer))
+        if self.exit_layer is not None:
+            return EarlyExitModel(self.exit_layer)
+        assert self.heads is not None
+        return load_heads(self.heads)
+
+    def _plan(self) -> TreePlan:
+        from .drafters import SampledTree, TopKTree
+
+        if self.tree == "top-k":
+            if self.siblings != "distinct" or self.draft_temperature is not None:
+                raise typer.BadParameter("--siblings and --draft-temperature need a sampled --tree")
+            given = {"max_nodes": self.max_nodes, "depth": self.depth, "width": self.width}
+            return TopKTree(**{name: n for name, n in given.items() if n is not None})
+        if self.max_nodes or self.depth or self.width:
+            raise typer.BadParameter("--max-nodes, --depth and --width need --tree top-k")
+        widths = self.tree.split("-")
+        if not all(width.isdecimal() and int(width) > 0 for width in widths):
+            raise typer.BadParameter(
+                f'--tree must be "top-k" or children by depth like 4-2-1-1, got {self.tree!r}'
+            )
+        return SampledTree(
+            [int(width) for width in widths],
+            greedy_drafts=self.siblings == "greedy",
+            replacement=self.siblings == "independent",
+            temperature=self.draft_temperature,
+        )
+
+    def _tree_options(self) -> list[str]:
+        default = DrafterOptions(self.name)
+        names = ("tree", "depth", "width", "siblings", "draft_temperature")
+        return [
+            name.replace("_", "-")
+            for name in names
+            if getattr(self, name) != getattr(default, name)
+        ]
+
+    def _text_drafter(self) -> Drafter | None:
+        from .drafters import make_drafter
+
+        if self.max_nodes is None:
+            return make_drafter(self.name)
+        drafter = make_drafter(self.name, max_nodes=self.max_nodes)
+        if drafter is None:
+            raise typer.BadParameter(f"--max-nodes needs a drafter, got --drafter {self.name}")
+        return drafter

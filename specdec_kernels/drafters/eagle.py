@@ -1,0 +1,329 @@
+"""EAGLE: one decoder layer that continues the target's own features."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
+
+from ..ops import write_kv
+from ..shapes import PAD
+from ..tree import pad_rows
+from .base import DraftContext
+from .checkpoint import Checkpoint
+from .growth import Block, Growth, attend, chain
+from .medusa import check_sizes
+from .mlp_speculator import place
+from .network import DraftNetwork, FeatureQueue, Level, TargetView
+from .rope import Rotary
+
+_Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of new query, key and value [B, H or G, M, D]: [B, H, M, D]."""
+
+
+class EagleHead(DraftNetwork):
+    """A decoder layer whose entry i takes in token i + 1 and the feature of token i.
+
+    The features of committed tokens are the target's, those along a draft the layer's own. Entries
+    made from its own features leave the cache at the next step, where the target's are known.
+
+    Args:
+        checkpoint: `config.json` of a Llama with one layer, and its tensors.
+        layer: name of the layer's tensors.
+        input_size: features that go into its attention.
+
+    Raises:
+        ValueError: a missing tensor or one of a wrong shape, by file and key; a setting that
+            changes the formula.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layer: str, input_size: int) -> None:
+        self.folder = checkpoint.folder
+        number, config = checkpoint.number, checkpoint.config
+        if number("num_hidden_layers", 1) != 1:
+            raise checkpoint.refuse("num_hidden_layers", config["num_hidden_layers"], "1")
+        if config.get("hidden_act", "silu") != "silu":
+            raise checkpoint.refuse("hidden_act", config["hidden_act"], "silu")
+        self.vocab_size, self.size = number("vocab_size"), number("hidden_size")
+        self.target_size = number("target_hidden_size", self.size)
+        self.num_heads = heads = number("num_attention_heads")
+        self.num_groups = groups = number("num_key_value_heads", heads)
+        self.head_dim = dim = number("head_dim", max(1, self.size // heads))
+        self._epsilon = float(config.get("rms_norm_eps", 1e-6))
+        self._rotary = Rotary(checkpoint, dim)
+        size, inner = self.size, number("intermediate_size")
+        shapes = {
+            "self_attn.q_proj.weight": [heads * dim, input_size],
+            "self_attn.k_proj.weight": [groups * dim, input_size],
+            "self_attn.v_proj.weight": [groups * dim, input_size],
+            "self_attn.o_proj.weight": [size, heads * dim],
+            "post_attention_layernorm.weight": [size],
+            "mlp.gate_proj.weight": [inner, size],
+            "mlp.up_proj.weight": [inner, size],
+            "mlp.down_proj.weight": [size, inner],
+        }
+        self.weights = {n: checkpoint.take(f"{layer}{n}", shape) for n, shape in shapes.items()}
+        for name in ("q_proj", "k_proj", "v_proj"):
+            self._take_optional(checkpoint, layer, f"self_attn.{name}.bias")
+        if "embed_tokens.weight" in checkpoint:
+            embeddings = checkpoint.take("embed_tokens.weight", [self.vocab_size, size])
+            self.weights["embed_tokens.weight"] = embeddings
+        elif size != self.target_size:
+            checkpoint.take("embed_tokens.weight", [self.vocab_size, size])
+
+    def _take_optional(self, checkpoint: Checkpoint, layer: str, name: str) -> None:
+        rows = len(self.weights[name.replace("bias", "weight")])
+        if layer + name in checkpoint:
+            self.weights[name] = checkpoint.take(layer + name, [rows])
+
+    @abstractmethod
+    def watched(self, num_layers: int) -> Sequence[int]:
+        """The layers whose inputs are the target's features; none: what goes into its head."""
+
+    @abstractmethod
+    def fuse(self, features: Tensor) -> Tensor:
+        """The target's features [..., F] as the layer takes them, [..., size]."""
+
+    @abstractmethod
+    def enter(self, embeds: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What the residual stream starts with, and what goes into the attention."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Draft logits [..., U] after the layer's output [..., size]."""
+
+    def layer(
+        self, tokens: Tensor, features: Tensor, positions: Tensor, attention: _Attend
+    ) -> Tensor:
+        """Output [B, M, size] after tokens [B, M] and features [B, M, size] of the tokens before
+        them, at positions [B, M].
+        """
+        w = self.weights
+        embeds = w["embed_tokens.weight"][tokens] if "embed_tokens.weight" in w else None
+        residual, inputs = self.enter(
+            self.target.embed(tokens) if embeds is None else embeds, features
+        )
+        q, k, v = (
+            linear(inputs, w[f"self_attn.{n}.weight"], w.get(f"self_attn.{n}.bias"))
+            .unflatten(-1, (-1, self.head_dim))
+            .transpose(1, 2)
+            for n in ("q_proj", "k_proj", "v_proj")
+        )
+        out = attention(self._rotary(q, positions), self._rotary(k, positions), v)
+        hidden = residual + linear(out.transpose(1, 2).flatten(2), w["self_attn.o_proj.weight"])
+        inner = self.norm(hidden, "post_attention_layernorm.weight")
+        gate = silu(linear(inner, w["mlp.gate_proj.weight"]))
+        inner = gate * linear(inner, w["mlp.up_proj.weight"])
+        return hidden + linear(inner, w["mlp.down_proj.weight"])
+
+    def norm(self, values: Tensor, name: str) -> Tensor:
+        """Root mean square norm with the weight of that name."""
+        square = values.float().pow(2).mean(-1, keepdim=True)
+        normed = values.float() * torch.rsqrt(square + self._epsilon)
+        return self.weights[name] * normed.to(values.dtype)
+
+    @contextmanager
+    def attach(self, target: TargetView) -> Iterator[None]:
+        """See `DraftNetwork`."""
+        check_sizes(self.folder, target, self.target_size, self.vocab_size)
+        self.target = target
+        self.weights = {
+            name: tensor.to(target.device, target.dtype) for name, tensor in self.weights.items()
+        }
+        if self.offsets is not None:
+            self.offsets = self.offsets.to(target.device)
+        with target.watch(self.watched(target.num_layers)) as self._features:
+            yield
+
+    def begin(self, batch: int, num_slots: int) -> None:
+        """See `DraftNetwork`."""
+        self._num_slots = num_slots
+        self._known = [0] * batch  # entries of each row that are made from the target's features
+        self._keys: Tensor | None = None
+
+    def start(self, context: DraftContext) -> Tensor:
+        """See `DraftNetwork`."""
+        device, dtype = self.target.device, self.target.dtype
+        batch = len(context.sequences)
+        features = [
+            rows if active or not known else rows[:0]
+            for rows, active, known in zip(
+                self._features.take(), context.active, self._known, strict=True
+            )
+        ]
+        counts = [len(rows) for rows in features]
+        new = [
+            list(s[known + 1 : known + 1 + count])
+            for s, known, count in zip(context.sequences, self._known, counts, strict=True)
+        ]
+        if self._keys is None:
+            ends = [
+                len(s) + d + 1 for s, d in zip(context.sequences, context.max_depths, strict=True)
+            ]
+            shape = (batch, self.num_groups, max(ends) + self._num_slots, self.head_dim)
+            self._keys, self._values = torch.zeros((2, *shape), device=device, dtype=dtype)
+        fused = self.fuse(torch.nn.utils.rnn.pad_sequence(features, batch_first=True))
+        lengths = torch.tensor(self._known, dtype=torch.int32, device=device)
+        if not any(self._known):
+            hidden = self._prefill(pad_rows(new, torch.int64, device), fused)
+        else:
+            hidden = self._compute(chain(new, device), fused, lengths)
+        last = torch.tensor(counts, device=device).clamp_min(1) - 1
+        roots = hidden.gather(1, last[:, None, None].expand(-1, 1, self.size))
+        self._known = [known + count for known, count in zip(self._known, counts, strict=True)]
+        self._lengths = torch.tensor(self._known, dtype=torch.int32, device=device)
+        # Column 0 is the root's output; node i of the network is column i + 1.
+        self._outputs, self._growth = roots, Growth(batch, device)
+        return self.logits(roots[:, 0])
+
+    def extend(self, level: Level) -> Tensor:
+        """See `DraftNetwork`."""
+        sizes = [1 + len(row) for row in self._growth.tokens]
+        block = self._growth.add(level)
+        above = [[parent - PAD for _, parent in row] for row in level]
+        parents = pad_rows(above, torch.int64, self._outputs.device)
+        features = self._outputs.gather(1, parents[:, :, None].expand(-1, -1, self.size))
+        hidden = self._compute(block, features, self._lengths)
+        self._outputs = place(self._outputs, hidden, sizes)
+        return self.logits(hidden)
+
+    def _prefill(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """The first entries of all rows; padding, on the right, is hidden by the causal mask."""
+        keys, values = self._buffers()
+        width = tokens.shape[1]
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys[:, :, :width], values[:, :, :width] = k, v
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        positions = torch.arange(width, device=tokens.device).expand_as(tokens)
+        return self.layer(tokens, features, positions, attention)
+
+    def _compute(self, block: Block, features: Tensor, lengths: Tensor) -> Tensor:
+        """Entries behind the first `lengths` [B] of each row."""
+        keys, values = self._buffers()
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            write_kv(k, v, keys, values, lengths + block.firsts, block.counts)
+            return attend(q, keys, values, lengths, block, scale=self.head_dim**-0.5)
+
+        positions = lengths[:, None] + block.depths.gather(1, block.places)
+        return self.layer(block.tokens, features, positions, attention)
+
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        assert self._keys is not None
+        return self._keys, self._values
+
+    target: TargetView
+    _features: FeatureQueue
+    _values: Tensor
+    _growth: Growth
+
+
+class Eagle1Head(EagleHead):
+    """EAGLE-1 and EAGLE-2: features are what goes into the target's head, which is the draft's too.
+
+        f_{i+1} = layer(F [E[x_{i+1}]; f_i]), logits = H f_{i+1}, without norms around them
+
+    Args:
+        checkpoint: tensors `fc.weight`, `fc.bias` (optional), `layers.0.*` without
+            `input_layernorm`, `embed_tokens.weight` (optional: the target's).
+
+    Source: Li et al., "EAGLE", 2401.15077, section 4.1.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | str | Path) -> None:
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = Checkpoint(checkpoint)
+        checkpoint.strip(["model."])
+        size = checkpoint.number("hidden_size")
+        super().__init__(checkpoint, "layers.0.", size)
+        self.weights["fc.weight"] = checkpoint.take("fc.weight", [size, 2 * size])
+        if "fc.bias" in checkpoint:
+            self.weights["fc.bias"] = checkpoint.take("fc.bias", [size])
+        checkpoint.refuse_others("layers.", ignore=("0.self_attn.rotary_emb.",))
+
+    def watched(self, num_layers: int) -> Sequence[int]:
+        """See `EagleHead`."""
+        return ()
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """See `EagleHead`."""
+        return features
+
+    def enter(self, embeds: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """See `EagleHead`."""
+        joined = torch.cat([embeds, features], -1)
+        hidden = linear(joined, self.weights["fc.weight"], self.weights.get("fc.bias"))
+        return hidden, hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `EagleHead`."""
+        return self.target.logits(hidden)
+
+
+class Eagle3Head(EagleHead):
+    """EAGLE-3: features of three layers, fused; its own head, over a vocabulary of its own.
+
+        g_i = F [l_i; m_i; h_i] at committed tokens, else the layer's last output;
+        a = layer(residual = g_i, attention over [norm E[x_{i+1}]; norm g_i]);  logits = H norm a
+
+    Args:
+        checkpoint: tensors `fc.weight`, `midlayer.*`, `norm.weight`, `lm_head.weight`, and `d2t`
+            (draft id u is target id `u + d2t[u]`; without it the vocabularies agree),
+            `embed_tokens.weight` (optional: the target's).
+
+    Source: Li et al., "EAGLE-3", 2503.01840, section 3; the layers 2, L / 2 and L - 3 as published.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | str | Path) -> None:
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = Checkpoint(checkpoint)
+        checkpoint.strip(["model."])
+        size = checkpoint.number("hidden_size")
+        super().__init__(checkpoint, "midlayer.", 2 * size)
+        draft_vocab = checkpoint.number("draft_vocab_size", self.vocab_size)
+        shapes = {
+            "fc.weight": [size, 3 * self.target_size],
+            "midlayer.hidden_norm.weight": [size],
+            "midlayer.input_layernorm.weight": [size],
+            "norm.weight": [size],
+            "lm_head.weight": [draft_vocab, size],
+        }
+        self.weights |= {name: checkpoint.take(name, shape) for name, shape in shapes.items()}
+        checkpoint.refuse_others("midlayer.", ignore=("self_attn.rotary_emb.",))
+        if "d2t" in checkpoint or draft_vocab != self.vocab_size:
+            self.offsets = checkpoint.take("d2t", [draft_vocab]).long()
+            self._check_offsets(self.offsets)
+
+    def _check_offsets(self, offsets: Tensor) -> None:
+        ids = offsets + torch.arange(len(offsets))
+        low, high, num = int(ids.min()), int(ids.max()), len(ids.unique())
+        if num < len(ids) or low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"{self.folder}: d2t must map draft ids to distinct target ids in "
+                f"[0, {self.vocab_size}), found [{low}, {high}] and {num} of {len(ids)} distinct"
+            )
+
+    def watched(self, num_layers: int) -> Sequence[int]:
+        """See `EagleHead`."""
+        return (2, num_layers // 2, num_layers - 3)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """See `EagleHead`."""
+        return linear(features, self.weights["fc.weight"])
+
+    def enter(self, embeds: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """See `EagleHead`."""
+        normed = self.norm(features, "midlayer.hidden_norm.weight")
+        embeds = self.norm(embeds, "midlayer.input_layernorm.weight")
+        return features, torch.cat([embeds, normed], -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `EagleHead`."""
+        return linear(self.norm(hidden, "norm.weight"), self.weights["lm_head.weight"])

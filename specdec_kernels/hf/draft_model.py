@@ -1,0 +1,189 @@
+"""A small transformers model as the draft network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..drafters.base import DraftContext
+from ..drafters.growth import Growth, chain
+from ..drafters.model import ModelDrafter, SampledTree
+from ..drafters.network import DraftNetwork, Level, TargetView
+from ..shapes import PAD
+from .attention import tree_attention_in
+from .growing import GrowingTarget, num_positions
+from .support import check_model
+
+
+class DraftModel(DraftNetwork):
+    """A causal language model with the target's vocabulary, and a ragged cache of its own.
+
+    A step takes in all tokens committed since the last one in a single forward pass. Those that it
+    drafted itself are not computed again: their keys and values move to the committed ones, and
+    what was rejected is forgotten.
+
+    Args:
+        model: any model that `SpeculativeDecoder` takes, on the target's device.
+        tokenizers: of the target and of this model, which then must give every token the same
+            id. Without them the sizes of both vocabularies must agree.
+
+    Raises:
+        ValueError: another tokenizer, by the first token that differs; a model with a state other
+            than keys and values.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
+    ) -> None:
+        check_model(model)
+        if tokenizers is not None:
+            check_same_vocabulary(*tokenizers)
+        self.model = model
+        self._has_same_tokens = tokenizers is not None
+        self._batch, self._num_slots = 0, 0
+        self._cached: GrowingTarget | None = None
+        self._known: list[int] = []  # cached tokens of each row
+
+    @contextmanager
+    def attach(self, target: TargetView) -> Iterator[None]:
+        """See `DraftNetwork`."""
+        embeddings: Any = self.model.get_input_embeddings()
+        own = int(embeddings.num_embeddings)
+        name = type(self.model).__name__
+        if own != target.vocab_size and not self._has_same_tokens:
+            raise ValueError(
+                f"draft model {name} has a vocabulary of {own} tokens, the target {target.name} "
+                f"has {target.vocab_size}: their ids cannot mean the same; if only the padding "
+                "differs, pass both tokenizers"
+            )
+        if self.model.device != target.device:
+            raise ValueError(
+                f"draft model {name} must be on the target's device {target.device}, "
+                f"got {self.model.device}"
+            )
+        self._last_id = own - 1
+        with tree_attention_in(self.model):
+            try:
+                yield
+            finally:
+                self._cached = None
+
+    def begin(self, batch: int, num_slots: int) -> None:
+        """See `DraftNetwork`."""
+        self._batch, self._num_slots = batch, num_slots
+        self._cached = None
+
+    def start(self, context: DraftContext) -> Tensor:
+        """See `DraftNetwork`."""
+        self._check_positions(context)
+        if self._cached is None:
+            return self._prefill(context)
+        self._keep_accepted(context)
+        missed = [
+            [self._known_id(token) for token in sequence[known:]] if active else []
+            for sequence, known, active in zip(
+                context.sequences, self._known, context.active, strict=True
+            )
+        ]
+        block = chain(missed, self.model.device)
+        logits = self._cached.grow(block, only_last=True)
+        assert self._cached.cache.lengths is not None
+        self._cached.cache.lengths += block.counts
+        self._known = [known + len(m) for known, m in zip(self._known, missed, strict=True)]
+        self._growth = Growth(self._batch, self.model.device)
+        return logits[:, 0]
+
+    def extend(self, level: Level) -> Tensor:
+        """See `DraftNetwork`."""
+        assert self._cached is not None
+        rows = [[(self._known_id(token), parent) for token, parent in row] for row in level]
+        return self._cached.grow(self._growth.add(rows))
+
+    def _prefill(self, context: DraftContext) -> Tensor:
+        rooms = zip(context.sequences, context.max_depths, strict=True)
+        capacity = max(len(sequence) + depth + 1 for sequence, depth in rooms) + self._num_slots
+        self._cached = GrowingTarget(self.model, capacity)
+        prompts = [[self._known_id(token) for token in s] for s in context.sequences]
+        logits = self._cached.prefill(prompts)
+        self._known = [len(prompt) for prompt in prompts]
+        self._growth = Growth(self._batch, self.model.device)
+        return logits
+
+    def _keep_accepted(self, context: DraftContext) -> None:
+        """Commit the drafted nodes that the target kept."""
+        assert self._cached is not None
+        paths = [
+            self._growth.walk(row, [self._known_id(token) for token in sequence[known:]])
+            for row, (sequence, known) in enumerate(
+                zip(context.sequences, self._known, strict=True)
+            )
+        ]
+        kept = [len(path) if a else 0 for path, a in zip(paths, context.active, strict=True)]
+        lengths = self._cached.cache.lengths
+        assert lengths is not None
+        num_kept = torch.tensor(kept, dtype=torch.int32, device=lengths.device)
+        if all(path == list(range(len(path))) for path in paths):
+            lengths += num_kept  # a chain lies where it belongs
+        else:
+            width = max(map(len, self._growth.tokens))
+            padded = [[*path, *[PAD] * width][:width] for path in paths]
+            nodes = torch.tensor(padded, dtype=torch.int32, device=lengths.device)
+            self._cached.commit(nodes, num_kept)
+        self._known = [known + n for known, n in zip(self._known, kept, strict=True)]
+
+    def _known_id(self, token: int) -> int:
+        """Ids that only pad the target's vocabulary have no row in a smaller one."""
+        return min(token, self._last_id)
+
+    def _check_positions(self, context: DraftContext) -> None:
+        limit = num_positions(self.model)
+        longest = max(map(len, context.sequences))
+        if longest > limit:
+            raise ValueError(
+                f"draft model {type(self.model).__name__} has {limit} positions, "
+                f"got a text of {longest} tokens"
+            )
+
+
+def check_same_vocabulary(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless both give every token the same id."""
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    if ours == theirs:
+        return
+    differing = min(
+        (token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)),
+        key=lambda token: (ours.get(token, theirs.get(token)), token),
+    )
+    raise ValueError(
+        f"the draft model has another tokenizer than the target: token {differing!r} is "
+        f"{theirs.get(differing, 'absent')} there and {ours.get(differing, 'absent')} here "
+        f"({len(theirs)} and {len(ours)} tokens)"
+    )
+
+
+def assistant_drafter(
+    assistant: PreTrainedModel,
+    num_tokens: int | None = None,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
+) -> ModelDrafter:
+    """The drafter that `assistant_model=` stands for: chains of `num_tokens` draft tokens.
+
+    Raises:
+        ValueError: fewer than one token, or another tokenizer.
+    """
+    if num_tokens is None:
+        config = getattr(assistant, "generation_config", None)
+        num_tokens = getattr(config, "num_assistant_tokens", None) or 5
+    if num_tokens < 1:
+        raise ValueError(f"num_assistant_tokens must be >= 1, got {num_tokens}")
+    return ModelDrafter(
+        DraftModel(assistant, tokenizers=tokenizers), SampledTree((1,) * num_tokens)
+    )

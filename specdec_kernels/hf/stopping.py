@@ -1,0 +1,87 @@
+"""When a row ends: the stopping criteria of `generate`, asked after every single token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList
+from transformers.generation.stopping_criteria import (
+    ConfidenceCriteria,
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+)
+
+
+class StopRule:
+    """The stopping criteria of a batch, one row at a time, so that none is overshot.
+
+    Args:
+        criteria: as `generate` made them.
+        pads: the padding before each row's prompt: criteria see padded rows, as in plain decoding.
+        prompt_length: of the padded rows, tokens.
+        agree: of `decode`: a time limit must stop all processes at the same token.
+
+    Attributes:
+        max_length: most tokens of a padded row.
+        default_pad: what to pad finished rows with if nothing else is said.
+
+    Raises:
+        ValueError: no length limit or one that leaves no room; a criterion for drafting models.
+    """
+
+    def __init__(
+        self,
+        criteria: StoppingCriteriaList,
+        pads: Sequence[Tensor],
+        prompt_length: int,
+        agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+    ) -> None:
+        self._eos: set[int] = set()
+        self._clocks: list[Any] = []
+        self._others: list[Any] = []
+        self._pads = pads
+        self._agree = agree
+        limits = []
+        self.default_pad = 0
+        for criterion in criteria:
+            if isinstance(criterion, EosTokenCriteria):
+                ends = criterion.eos_token_id.tolist()
+                self.default_pad = self.default_pad if self._eos else ends[0]
+                self._eos.update(ends)
+            elif isinstance(criterion, MaxLengthCriteria):
+                limits.append(criterion.max_length)
+            elif isinstance(criterion, MaxTimeCriteria):
+                self._clocks.append(criterion)
+            elif isinstance(criterion, ConfidenceCriteria):
+                raise ValueError("stopping criterion ConfidenceCriteria is for drafting models")
+            else:
+                self._others.append(criterion)
+        if not limits:
+            raise ValueError("a length limit is needed: pass max_new_tokens or max_length")
+        self.max_length = min(limits)
+        if self.max_length <= prompt_length:
+            raise ValueError(
+                f"max_new_tokens must be >= 1, got max_length {self.max_length} "
+                f"for a prompt of {prompt_length} tokens"
+            )
+
+    def __call__(self, row: int, sequence: list[int]) -> bool:
+        """Whether the row ends with its last token."""
+        is_end = sequence[-1] in self._eos
+        if self._clocks:  # asked even after an end token: every process takes part in agreeing
+            is_over = any(bool(clock(torch.zeros((1, 1)), None).any()) for clock in self._clocks)
+            (over,) = self._agree((torch.tensor([is_over], device=self._pads[row].device),))
+            is_end = is_end or bool(over)
+        if is_end or not self._others:
+            return is_end
+        pads = self._pads[row]
+        ids = torch.cat([pads, torch.tensor(sequence, device=pads.device)])[None]
+        return any(_is_met(criterion(ids, None)) for criterion in self._others)
+
+
+def _is_met(answer: bool | Tensor) -> bool:
+    return bool(answer.any()) if isinstance(answer, Tensor) else bool(answer)

@@ -1,0 +1,218 @@
+"""Tree sizes from costs: the curve, the choice, the rest, the file, and the best fixed tree."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from byte_model import save_byte_model
+
+from specdec_kernels import Acceptance, Budget, CostCurve, best_static_tree
+from specdec_kernels.budget import CONSERVATIVE, cost_file, load_cost, save_cost
+from specdec_kernels.cli import main
+from specdec_kernels.statistics import DecodeStats, DraftFailure, TotalStats
+
+FLAT = CostCurve((1, 64), (1.0, 1.0))
+STEEP = CostCurve((1, 64), (1.0, 64.0))
+
+
+def test_a_curve_is_linear_between_its_points_and_beyond() -> None:
+    curve = CostCurve((1, 4, 8), (1.0, 4.0, 6.0))
+    assert [curve(n) for n in (1, 2, 4, 6, 8, 12)] == [1.0, 2.0, 4.0, 5.0, 6.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "seconds"),
+    [((1,), (1.0,)), ((2, 4), (1.0, 2.0)), ((1, 1), (1.0, 2.0)), ((1, 2), (1.0, 0.0)),
+     ((1, 2), (1.0, float("nan"))), ((1, 2, 3), (1.0, 2.0))],
+)  # fmt: skip
+def test_what_is_no_curve_is_refused(nodes, seconds) -> None:
+    with pytest.raises(ValueError, match=r"^CostCurve: "):
+        CostCurve(nodes, seconds)
+
+
+def test_the_size_is_the_one_with_the_most_tokens_per_second() -> None:
+    scores = [0.9, 0.8, 0.5, 0.3, 0.1, 0.05]
+    for cost in (CONSERVATIVE, FLAT, STEEP, CostCurve((1, 3, 4, 9), (1.0, 1.1, 2.0, 3.0))):
+        rates = {n: (1 + sum(scores[: n - 1])) / cost(n) for n in range(1, 8)}
+        best = max(rates, key=rates.get)
+        assert Budget(cost).choose([scores]) == best
+    assert Budget(FLAT).choose([scores]) == 7 and Budget(STEEP).choose([scores]) == 1
+    assert Budget(FLAT).choose([[]]) == Budget(FLAT).choose([]) == 1
+
+
+def test_padding_is_paid_for_every_row() -> None:
+    cost = CostCurve((1, 2, 3, 64), (1.0, 1.2, 1.4, 14.0))
+    assert Budget(cost).choose([[0.9, 0.9]]) == 3
+    assert Budget(cost).choose([[0.9, 0.9], [], [], [], []]) == 1
+
+
+def test_promises_that_fail_are_trusted_less() -> None:
+    budget = Budget(CONSERVATIVE)
+    first = budget.choose([[0.5, 0.4, 0.3, 0.2]])
+    for _ in range(20):
+        budget.choose([[0.5, 0.4, 0.3, 0.2]])
+        budget.record(batch=1, nodes=5, num_accepted=0, forward_seconds=0.02, draft_seconds=0.0001)
+    assert first > 1 == budget.choose([[0.5, 0.4, 0.3, 0.2]])
+
+
+def test_a_slow_drafter_must_bring_more() -> None:
+    budget = Budget(FLAT)
+    for _ in range(60):
+        budget.choose([[0.3]])
+        budget.record(batch=1, nodes=2, num_accepted=0, forward_seconds=0.02, draft_seconds=0.02)
+        budget._promised = budget._accepted = 4.0  # trust aside
+        budget._trust = 1.0
+    assert budget.choose([[0.3]]) == 1
+
+
+def test_it_rests_ever_longer_and_wakes_up_when_drafts_are_good() -> None:
+    budget = Budget(CONSERVATIVE)
+    asked = [step for step in range(200) if not budget.rests() and budget.choose([[0.01]])]
+    gaps = [b - a for a, b in itertools.pairwise(asked)]
+    assert gaps[:4] == [1] * 4 and max(gaps) == gaps[-1] == 13
+    while budget.rests():
+        pass
+    assert budget.choose([[0.9, 0.9]]) == 3
+    assert not budget.rests()
+
+
+def test_trees_that_it_does_not_size_are_left_out_while_they_do_not_pay() -> None:
+    def drafted(num_accepted: int) -> int:
+        budget, count = Budget(CONSERVATIVE), 0
+        for _ in range(100):
+            nodes = 1 if budget.rests() else 16
+            count += nodes > 1
+            budget.record(
+                batch=1,
+                nodes=nodes,
+                num_accepted=num_accepted * (nodes > 1),
+                forward_seconds=0.02 * CONSERVATIVE(nodes),
+                draft_seconds=0.001 * (nodes > 1),
+            )
+        return count
+
+    assert drafted(2) == 100 and drafted(0) < 45
+
+
+def test_costs_are_kept_by_model(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    assert load_cost("a", path) is None
+    save_cost("a", FLAT, path)
+    save_cost("b", STEEP, path)
+    assert (load_cost("a", path), load_cost("b", path)) == (FLAT, STEEP)
+    assert load_cost("c", path) is None
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": 1}', '{"a": {"nodes": [1, 2]}}'])
+def test_another_file_holds_no_costs(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"costs\.json: (not JSON|must be|no cost curve)"):
+        load_cost("a", path)
+
+
+def test_tune_measures_and_generate_uses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    save_byte_model(tmp_path / "model")
+    model = ["--model", str(tmp_path / "model"), "--dtype", "fp32"]
+    assert main(["tune", *model, "--repeats", "2", "--output", str(tmp_path / "own.json")]) == 0
+    assert "against 1" in capsys.readouterr().out and not cost_file().exists()
+    assert main(["tune", *model, "--repeats", "2"]) == 0
+    curves = json.loads(cost_file().read_text())
+    ((key, curve),) = curves.items()
+    assert key.startswith("llama-2x64-float32-cpu-") and curve["nodes"][0] == 1
+    assert curve["seconds"] == sorted(curve["seconds"])
+
+    # costs that no draft can pay for
+    curves[key] = {"nodes": [1, 2], "seconds": [1.0, 99.0]}
+    cost_file().write_text(json.dumps(curves))
+    request = ["generate", *model, "--prompt", "abcabcabc", "--max-new-tokens", "24", "--json"]
+    capsys.readouterr()
+    assert main(request) == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["num_drafted"] == 0
+    curves[key] = {"nodes": [1, 2], "seconds": [1.0, 1.0]}
+    cost_file().write_text(json.dumps(curves))
+    assert main(request) == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["num_drafted"] > 20
+
+
+def _trees(size: int, depth: int):
+    """Every ordered tree of that many nodes, as nested tuples of children."""
+    if size == 1:
+        yield ()
+        return
+    if depth == 0:
+        return
+    for first in range(1, size):
+        for child in _trees(first, depth - 1):
+            for rest in _trees(size - first, depth):
+                yield (child, *rest)
+
+
+def _expected(tree, acceptance) -> float:
+    return 1 + sum(
+        (acceptance[k] if k < len(acceptance) else 0.0) * _expected(child, acceptance)
+        for k, child in enumerate(tree)
+    )
+
+
+def _nested(parents: list[int], node: int = 0):
+    return tuple(_nested(parents, i) for i, p in enumerate(parents) if p == node)
+
+
+@pytest.mark.parametrize("acceptance", [(0.8, 0.1), (0.4, 0.3, 0.2), (0.5, 0.45), (0.9,), (0.1,)])
+@pytest.mark.parametrize("depth", [1, 2, 6])
+def test_the_static_tree_is_the_best_of_all(acceptance, depth: int) -> None:
+    for size in range(1, 9):
+        parents = best_static_tree(acceptance, size, max_depth=depth)
+        best = max(
+            _expected(tree, acceptance) for n in range(1, size + 1) for tree in _trees(n, depth)
+        )
+        assert len(parents) <= size
+        assert _expected(_nested(parents), acceptance) == pytest.approx(best)
+
+
+def test_the_static_tree_stops_where_nodes_cost_more_than_they_bring() -> None:
+    assert best_static_tree((0.6, 0.2), 32, cost=STEEP) == [-1]
+    assert len(best_static_tree((0.6, 0.2), 32, cost=FLAT)) == 32
+    sizes = [
+        len(best_static_tree((0.6, 0.2), 32, cost=CONSERVATIVE, draft_cost=d)) for d in (0, 0.3)
+    ]
+    assert 1 <= sizes[1] < sizes[0] < 32
+
+
+@pytest.mark.parametrize(("acceptance", "size"), [((0.8, 0.4), 4), ((-0.1,), 4), ((0.5,), 0)])
+def test_impossible_acceptance_is_refused(acceptance, size: int) -> None:
+    with pytest.raises(ValueError, match=r"^best_static_tree: "):
+        best_static_tree(acceptance, size)
+
+
+def test_acceptance_counts_only_what_was_tested() -> None:
+    acceptance = Acceptance()
+    #      root -> 1, 2;  1 -> 3;  2 -> 4, 5;  kept: root, 2, 5
+    acceptance.count([-1, 0, 0, 1, 2, 2], [0, 2, 5])
+    assert acceptance.tested_by_depth == [1, 1] and acceptance.accepted_by_depth == [1, 1]
+    assert acceptance.tested_by_rank == [2, 2] and acceptance.accepted_by_rank == [0, 2]
+    acceptance.count([-1, 0], [0])
+    assert acceptance.by_depth() == [0.5, 1.0]
+    assert acceptance.by_rank() == [0.0, 1.0]
+
+
+def test_totals_are_sums_over_calls() -> None:
+    totals = TotalStats()
+    for _ in range(3):
+        stats = DecodeStats([4, 2], [6, 4], [9, 9], [2, 2], draft_seconds=0.5)
+        stats.acceptance.count([-1, 0], [0, 1])
+        for step in range(20):
+            stats.fail(DraftFailure(step, "X", "y"))
+        assert len(stats.failures) == 16
+        totals.add(stats)
+    assert (totals.num_calls, totals.num_rows, totals.num_tokens) == (3, 6, 30)
+    assert totals.tokens_per_step == 30 / 18 and totals.draft_seconds == 1.5
+    assert totals.num_failures == 60 and totals.as_dict()["acceptance_by_depth"] == [1.0]
+    json.dumps(totals.as_dict())

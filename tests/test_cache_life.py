@@ -1,0 +1,139 @@
+"""The cache and the model between calls: continuing, growing, and after an interruption."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from prompts import greedy, left_pad, random_prompts
+from transformers import DynamicCache
+
+import specdec_kernels
+from specdec_kernels import OracleDrafter, SpeculativeDecoder
+
+VOCAB = 101
+OPTIONS = {"do_sample": False, "return_dict_in_generate": True}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[torch.Tensor]:
+    return random_prompts((7, 11), VOCAB)
+
+
+def _texts(output: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
+    """Rows without their left padding."""
+    pads = (inputs["attention_mask"] == 0).sum(1).tolist()
+    return [row[pad:] for row, pad in zip(output.tolist(), pads, strict=True)]
+
+
+def _cache_of(output) -> object:
+    return output["cache"] if "cache" in output else output["past_key_values"]
+
+
+def _oracle(model, rows, new: int) -> SpeculativeDecoder:
+    truth = [greedy(model, r, new + 8) for r in rows]
+    return SpeculativeDecoder(OracleDrafter(truth, VOCAB, max_nodes=16))
+
+
+def test_a_conversation_continues_from_the_returned_cache(tiny_model, rows) -> None:
+    """A ragged batch: the second turn computes only what is new, and writes the same."""
+    inputs = left_pad(rows)
+    first = tiny_model.generate(
+        **inputs, max_new_tokens=9, custom_generate=_oracle(tiny_model, rows, 9), **OPTIONS
+    )
+    cache = _cache_of(first)
+    turn = random_prompts((3, 5), VOCAB, seed=9)
+    texts = [torch.tensor(t) for t in _texts(first.sequences, inputs)]
+    longer = [torch.cat([t, u]) for t, u in zip(texts, turn, strict=True)]
+    widths: list[int] = []
+    hook = tiny_model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        second = specdec_kernels.generate(
+            tiny_model,
+            **left_pad(longer),
+            max_new_tokens=9,
+            past_key_values=cache,
+            drafter=None,
+            **OPTIONS,
+        )
+    finally:
+        hook.remove()
+    assert _texts(second.sequences, left_pad(longer)) == [greedy(tiny_model, r, 9) for r in longer]
+    assert widths[0] == 6, "the last token of the first turn, and the five new ones"
+    assert _cache_of(second) is cache
+
+
+def test_an_edited_conversation_keeps_what_is_shared(tiny_model, rows) -> None:
+    inputs = left_pad(rows[1:])
+    first = specdec_kernels.generate(tiny_model, **inputs, max_new_tokens=4, **OPTIONS)
+    edited = rows[1].clone()
+    edited[6] = (edited[6] + 1) % VOCAB
+    second = specdec_kernels.generate(
+        tiny_model,
+        **left_pad([edited]),
+        max_new_tokens=6,
+        past_key_values=_cache_of(first),
+        **OPTIONS,
+    )
+    assert second.sequences[0].tolist() == greedy(tiny_model, edited, 6)
+
+
+def test_a_cache_is_sized_once_and_grown_on_request(tiny_model, rows) -> None:
+    inputs = left_pad(rows[:1])
+    decoder = SpeculativeDecoder(OracleDrafter([], VOCAB, max_nodes=5))
+    options = {**OPTIONS, "custom_generate": decoder}
+    cache = _cache_of(tiny_model.generate(**inputs, max_new_tokens=4, **options))
+    assert cache.layers[0].keys.shape[2] == 7 + 4 + 5
+    before = cache.layers[0].keys.data_ptr()
+    tiny_model.generate(**inputs, max_new_tokens=3, past_key_values=cache, **options)
+    assert cache.layers[0].keys.data_ptr() == before
+    tiny_model.generate(**inputs, max_new_tokens=30, past_key_values=cache, **options)
+    assert cache.layers[0].keys.shape[2] == 7 + 30 + 5
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_an_interruption_leaves_the_model_and_the_cache_as_they_were(
+    tiny_model, rows, error: type[BaseException]
+) -> None:
+    inputs = left_pad(rows[:1])
+    first = specdec_kernels.generate(tiny_model, **inputs, max_new_tokens=5, **OPTIONS)
+    cache, text = _cache_of(first), first.sequences[0]
+    calls = 0
+
+    def fail(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise error
+
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny_model.modules()]
+    attention = tiny_model.config._attn_implementation
+    hook = tiny_model.model.layers[1].register_forward_hook(fail)
+    longer = left_pad([torch.cat([text, text[:3]])])
+    with pytest.raises(error):
+        specdec_kernels.generate(
+            tiny_model, **longer, max_new_tokens=9, past_key_values=cache, drafter=None, **OPTIONS
+        )
+    hook.remove()
+    assert tiny_model.config._attn_implementation == attention
+    left = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny_model.modules()]
+    assert left == hooks
+    assert cache.lengths.tolist() == [len(text) - 1] == [len(cache.tokens[0])]
+    again = specdec_kernels.generate(
+        tiny_model, **longer, max_new_tokens=9, past_key_values=cache, **OPTIONS
+    )
+    assert again.sequences[0].tolist() == greedy(tiny_model, longer["input_ids"][0], 9)
+
+
+def test_a_cache_of_something_else_is_refused(tiny_model, rows) -> None:
+    inputs = left_pad(rows[:1])
+    cache = _cache_of(specdec_kernels.generate(tiny_model, **inputs, max_new_tokens=2, **OPTIONS))
+    with pytest.raises(ValueError, match=r"the cache is of 1 rows .* got 2"):
+        specdec_kernels.generate(
+            tiny_model, **left_pad(rows), max_new_tokens=2, past_key_values=cache
+        )
+    foreign = DynamicCache()
+    tiny_model(inputs["input_ids"], past_key_values=foreign)
+    with pytest.raises(ValueError, match="a DynamicCache that holds tokens cannot be continued"):
+        specdec_kernels.generate(tiny_model, **inputs, max_new_tokens=2, past_key_values=foreign)

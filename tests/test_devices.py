@@ -1,0 +1,71 @@
+"""Several devices: tensor-parallel ranks decide alike; device maps work or are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import accelerate
+import pytest
+from conftest import make_tiny_model
+from prompts import greedy, left_pad, random_prompts
+from tensor_parallel import LENGTHS, NEW, VOCAB
+
+from specdec_kernels import OracleDrafter, SpeculativeDecoder
+
+
+@pytest.mark.slow
+def test_two_ranks_of_a_tensor_parallel_model_write_the_same(tmp_path: Path) -> None:
+    model = make_tiny_model()
+    rows = random_prompts(LENGTHS, VOCAB)
+    truth = [greedy(model, r, NEW + 8) for r in rows]
+    model.save_pretrained(tmp_path)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    script = Path(__file__).with_name("tensor_parallel.py")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*run, str(script), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))
+    assert first["is_split"] and first == second
+    greedy_texts, sampled = first["texts"]
+    width = max(LENGTHS)
+    want = [t[len(r) : len(r) + NEW] for t, r in zip(truth, rows, strict=True)]
+    assert [t[width:] for t in greedy_texts] == want
+    assert sampled != greedy_texts
+
+
+def test_a_model_spread_over_two_devices_is_refused(tiny_model, monkeypatch) -> None:
+    inputs = left_pad(random_prompts((5,), VOCAB))
+    spread = {"model.layers.0": 0, "model.layers.1": 1}
+    monkeypatch.setattr(tiny_model, "hf_device_map", spread, raising=False)
+    with pytest.raises(ValueError, match="spread over 2 devices by device_map"):
+        tiny_model.generate(**inputs, max_new_tokens=3, custom_generate=SpeculativeDecoder())
+    monkeypatch.setattr(tiny_model, "hf_device_map", {"model": 0, "lm_head": "cpu"}, raising=False)
+    tiny_model.generate(**inputs, max_new_tokens=3, custom_generate=SpeculativeDecoder())
+
+
+def test_weights_on_disk_work(tmp_path: Path) -> None:
+    model = make_tiny_model()
+    rows = random_prompts((9, 5), VOCAB)
+    truth = [greedy(model, r, 16) for r in rows]
+    layers = {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    placed = {**dict.fromkeys(parts, "cpu"), **layers}
+    model = accelerate.dispatch_model(
+        model, placed, main_device="cpu", offload_dir=tmp_path, force_hooks=True
+    )
+    decoder = SpeculativeDecoder(OracleDrafter(truth, VOCAB, max_nodes=12))
+    output = model.generate(
+        **left_pad(rows), max_new_tokens=8, do_sample=False, custom_generate=decoder
+    )
+    want = [t[len(r) : len(r) + 8] for t, r in zip(truth, rows, strict=True)]
+    assert output[:, 9:].tolist() == want

@@ -1,0 +1,200 @@
+"""Drafters that need no second model: the output is plain decoding, memory has an end, and what one
+request taught helps the next.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from prompts import greedy, left_pad, random_prompts
+from toy_target import ToyTarget
+
+from specdec_kernels import (
+    AutoDrafter,
+    Budget,
+    SpeculativeDecoder,
+    SuccessorTable,
+    TokenRecyclingDrafter,
+)
+from specdec_kernels.decoding import decode
+from specdec_kernels.drafters import DRAFTERS, make_drafter
+from specdec_kernels.drafters.memory import ContextTable, HitRates
+from specdec_kernels.drafting import SamplingParams
+
+VOCAB = 101
+NEW = 40
+NAMES = [name for name in DRAFTERS if name != "none"]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[torch.Tensor]:
+    """The second one repeats itself."""
+    first, second, third = random_prompts((21, 12, 26), VOCAB)
+    return [first, torch.cat([second] * 3), third]
+
+
+@pytest.mark.parametrize("budget", [False, True])
+@pytest.mark.parametrize("nodes", [1, 2, 16, 70])
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_text_is_that_of_generate(tiny_model, rows, name, nodes, budget) -> None:
+    """Twice: the second time, the drafter has seen it all."""
+    decoder = SpeculativeDecoder(make_drafter(name, max_nodes=nodes), budget=budget)
+    inputs = left_pad(rows)
+    want = [greedy(tiny_model, row, NEW)[len(row) :] for row in rows]
+    for _ in range(2):
+        output = tiny_model.generate(**inputs, max_new_tokens=NEW, custom_generate=decoder)
+        assert output[:, inputs["input_ids"].shape[1] :].tolist() == want
+        assert decoder.stats.num_failures == 0
+    if nodes == 1:
+        assert sum(decoder.stats.num_drafted) == 0
+    if nodes == 70 and name in ("auto", "suffix", "token_recycling") and not budget:
+        least = 1.2 if name == "token_recycling" else 1.5  # a random model has no bigrams to learn
+        assert decoder.stats.tokens_per_step > least, "the second time must be faster"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sampled_text_depends_on_the_seed_alone(tiny_model, rows, name: str) -> None:
+    options = {"do_sample": True, "temperature": 0.6, "max_new_tokens": 24}
+    decoder = SpeculativeDecoder(make_drafter(name, max_nodes=24), seed=[3, 4, 5], budget=True)
+    plain = SpeculativeDecoder(None, seed=[3, 4, 5])
+    want = tiny_model.generate(**left_pad(rows), custom_generate=plain, **options)
+    for _ in range(2):
+        got = tiny_model.generate(**left_pad(rows), custom_generate=decoder, **options)
+        assert got.tolist() == want.tolist()
+    assert sum(decoder.stats.num_drafted) > 0
+
+
+def test_an_earlier_request_helps_and_a_saved_table_is_an_earlier_request(
+    tiny_model, rows, tmp_path: Path
+) -> None:
+    def steps(drafter) -> int:
+        decoder = SpeculativeDecoder(drafter, budget=False)
+        tiny_model.generate(**left_pad(rows[:1]), max_new_tokens=NEW, custom_generate=decoder)
+        return decoder.stats.num_steps[0]
+
+    drafter = TokenRecyclingDrafter(24)
+    cold, warm = steps(drafter), steps(drafter)
+    assert warm < 0.9 * cold
+    drafter.successors.save(tmp_path / "table.pt")
+    assert steps(TokenRecyclingDrafter(24, successors=tmp_path / "table.pt")) <= warm + 2
+    assert steps(AutoDrafter(24, successors=tmp_path / "table.pt")) < 0.9 * cold
+    both = AutoDrafter(24, sources=("history",))
+    assert steps(both) > 2 * steps(both)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a table", None])
+def test_another_file_is_no_table(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "table.pt"
+    if content is None:
+        torch.save({"tokens": torch.zeros(2), "successors": torch.zeros(3, 1), "levels": 1}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"table\.pt: not a saved SuccessorTable"):
+        SuccessorTable.load(path)
+
+
+def test_ten_thousand_requests_leave_memory_bounded() -> None:
+    """Short rows over few tokens, small bounds: sizes after 1,000 requests are those after
+    10,000.
+    """
+    target = ToyTarget(12)
+    drafter = AutoDrafter(4, max_contexts=200)
+    generator = torch.Generator().manual_seed(0)
+
+    def serve(num_requests: int) -> tuple[int, int, int]:
+        for first in range(0, num_requests, 500):
+            prompts = torch.randint(0, 12, (500, 2), generator=generator).tolist()
+            sampling = SamplingParams(torch.arange(first, first + 500), torch.full((500,), 2.0))
+            decode(target, drafter, prompts, max_lengths=[5] * 500, sampling=sampling)
+        return len(drafter.history), len(drafter.successors), len(drafter.rates)
+
+    after_first = serve(1000)
+    after_all = serve(9000)
+    assert after_first[:2] == after_all[:2] == (200, 12)
+    assert after_all[2] <= 400, "kinds of guesses are counted in advance, not by text"
+    assert drafter._rows == []
+
+
+def test_a_context_keeps_its_newest_continuations() -> None:
+    table = ContextTable((1, 2), width=2)
+    table.extend([1, 2, 3, 1, 2, 4, 1, 2, 3, 1, 2, 3], 1)
+    assert table.after((1, 2)) == [3, 3, 4, 1]
+    assert table.after((2,)) == [3, 3, 4, 1]
+    table.extend([1, 2, 5], 2)
+    assert table.after((1, 2)) == [5, 1, 3, 3]
+    assert table.after((9,)) == []
+
+
+def test_a_full_table_forgets_its_oldest_contexts() -> None:
+    table = ContextTable((1,), max_contexts=3)
+    table.extend([1, 2, 3, 4, 5], 1)
+    assert len(table) == 3 and table.after((1,)) == [] and table.after((4,)) == [5, 1]
+
+
+def test_hit_rates_approach_the_frequency_and_forget() -> None:
+    rates = HitRates(prior=0.5, memory=20)
+    assert rates.rate("x") == 0.5
+    for i in range(400):
+        rates.learn("x", i % 4 == 0)
+    assert rates.rate("x") == pytest.approx(0.25, abs=0.05)
+    for _ in range(60):
+        rates.learn("x", True)
+    assert rates.rate("x") > 0.9
+
+
+def test_the_tree_holds_the_continuation_of_the_longest_suffix_first() -> None:
+    drafter = AutoDrafter(3, sources=("text",))
+    drafter.begin(1)
+    row = drafter._rows[0]
+    sequence = [7, 1, 2, 5, 6, 9, 2, 8, 1, 2]
+    drafter._index(row, sequence)
+    tokens, parents, scores = drafter._grow(row, sequence, 10)
+    assert tokens[0] == 5 and parents[0] == 0, "after 1 2 came 5, after 2 alone came 8"
+    assert scores == sorted(scores, reverse=True) and len(tokens) == 2
+    assert drafter._grow(row, sequence, 0) == ([], [], [])
+
+
+def test_a_fixed_tree_is_filled_with_successors() -> None:
+    table = SuccessorTable(2)
+    table.put(1, [2, 3], [0, 1])
+    table.put(2, [4, 5], [0, 1])
+    drafter = TokenRecyclingDrafter(parents=[-1, 0, 0, 1, 1, 2], successors=table)
+    assert drafter.propose_row(0, [1], 5) == ([2, 3, 4, 5], [0, 0, 1, 1])
+    assert drafter.propose_row(0, [1], 1) == ([2, 3], [0, 0])
+    assert drafter.propose_row(0, [9], 5) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AutoDrafter(sources=("web",)), r"sources must be among text, history, successors"),
+        (lambda: AutoDrafter(orders=()), r"orders must be suffix lengths >= 1"),
+        (lambda: AutoDrafter(0), r"AutoDrafter: max_nodes must be >= 1"),
+        (lambda: TokenRecyclingDrafter(parents=[0, 1]), r"parents must start with -1"),
+        (lambda: TokenRecyclingDrafter(parents=[-1, 2]), r"parents\[1\] must be in \[0, 1\)"),
+    ],
+)
+def test_a_wrong_option_is_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_text_without_repetition_is_soon_decoded_plainly() -> None:
+    """A target that is all noise: the budget stops drafting."""
+    target = ToyTarget(200)
+    target.table.zero_()
+    sampling = SamplingParams(torch.tensor([5]), torch.tensor([1.0]))
+    sizes: list[int] = []
+    forward = target.forward
+
+    def spy(tree):
+        sizes.append(tree.tokens.shape[1])
+        return forward(tree)
+
+    target.forward = spy
+    budget = Budget()
+    decode(target, AutoDrafter(16), [[1, 2]], max_lengths=[200], sampling=sampling, budget=budget)
+    assert len(sizes) > 150
+    assert sum(size == 1 for size in sizes[-100:]) >= 95

@@ -1,0 +1,83 @@
+"""The Triton acceptance kernels, integrated over every draft and coin by their own thresholds; both
+of their plans; and the constants that they share with Python.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+from specdec_kernels.philox import Domain, uniforms
+from specdec_kernels.registry import INTERPRETS_TRITON, OPS
+from specdec_kernels.sampling import NO_FINITE_LOGIT, NO_SUCH_DRAW, OK
+from specdec_kernels.testing import exact_law, random_speculation, target_law
+from specdec_kernels.tree import DraftKind
+
+if not INTERPRETS_TRITON:
+    pytest.skip("kernels run compiled here, not interpreted", allow_module_level=True)
+
+LAWS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "walk": ("walk", (-1, 0, 0), (0, 0, 0), {}),
+    "token-mixed": ("token", (-1, 0, 0), (0, 1, 0), {}),
+    "token-without-replacement": ("token", (-1, 0, 0), (0, 2, 2), {}),
+    "token-filtered": ("token", (-1, 0, 0), (0, 1, 1), {"temperature": 1.5, "top_k": 2}),
+    "block": ("block", (-1, 0, 1), (0, 1, 1), {}),
+    "traversal": ("traversal", (-1, 0, 0), (0, 2, 2), {}),
+    "traversal-top-p": ("traversal", (-1, 0, 1), (0, 1, 1), {"top_p": 0.7}),
+    "gd_traversal": ("gd_traversal", (-1, 0, 0), (0, 2, 0), {"min_p": 0.1}),
+}
+
+
+@pytest.mark.parametrize(("rule", "parents", "kinds", "filters"), LAWS.values(), ids=LAWS)
+def test_the_law_of_what_a_rule_emits_is_the_target_s(
+    rule: str, parents: tuple[int, ...], kinds: tuple[int, ...], filters: dict[str, Any]
+) -> None:
+    case = random_speculation(parents, kinds, 3, 2, has_zeros=False, **filters)
+    got = exact_law(case, rule=rule, backend="triton")
+    want = target_law(case, rule=rule, backend="reference")
+    assert float((got - want).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("rows", [0, 10**9], ids=["lazily", "summarised"])
+@pytest.mark.parametrize("rule", ["walk", "token", "traversal"])
+def test_both_plans_decide_alike(rule: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("specdec_kernels.triton_kernels.verify")
+    monkeypatch.setattr(module, "ROWS_PER_PROCESSOR", rows)
+    operator = OPS["verify"]
+    inputs = operator.inputs(B=3, N=6, V=201, rule=rule, seed=11)
+    got, want = (operator(**inputs, backend=backend) for backend in ("triton", "reference"))
+    for ours, theirs in zip(got[:4], want[:4], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_shared_constants_are_the_same() -> None:
+    philox = importlib.import_module("specdec_kernels.triton_kernels.philox")
+    laws = importlib.import_module("specdec_kernels.triton_kernels.laws")
+    for name in ("ACCEPT", "RESIDUAL", "TARGET"):
+        assert getattr(philox, name).value == Domain[name]
+    assert [laws.OK.value, laws.NO_FINITE_LOGIT.value, laws.NO_SUCH_DRAW.value] == [
+        OK, NO_FINITE_LOGIT, NO_SUCH_DRAW
+    ]  # fmt: skip
+    assert [laws.ONEHOT.value, laws.SAMPLED.value, laws.WITHOUT_REPLACEMENT.value] == [
+        DraftKind.ONEHOT, DraftKind.SAMPLED, DraftKind.SAMPLED_WITHOUT_REPLACEMENT
+    ]  # fmt: skip
+
+
+def test_seeded_coins_are_those_of_philox() -> None:
+    operator = OPS["verify"]
+    inputs = operator.inputs(B=3, N=6, V=33, rule="token", seed=3)
+    seeds, positions = inputs["seeds"], inputs["positions"]
+    seeds[0] = -7
+    got = operator(**inputs, return_law=True, backend="triton")
+    coins = uniforms(seeds, positions, 6, Domain.ACCEPT)
+    thresholds, path = got[6], got[0]
+    is_tested = ~thresholds.isnan()
+    assert bool(is_tested.any())
+    kept = torch.zeros_like(is_tested)
+    for row, nodes in enumerate(path.tolist()):
+        kept[row, [node for node in nodes if node > 0]] = True
+    assert torch.equal((coins < thresholds)[is_tested], kept[is_tested])
