@@ -14,6 +14,8 @@ from pathlib import Path
 import cuda_emulated
 import pytest
 
+pytestmark = pytest.mark.xdist_group("sanitizers")  # one worker builds for all
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cmake"
 TOOLS = ("address", "thread")
