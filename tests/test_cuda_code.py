@@ -15,6 +15,8 @@ from specdec_kernels.registry import NATIVE_LIBRARY, OPS, built_with_cuda
 if not built_with_cuda():
     pytest.skip("the library was built without CUDA", allow_module_level=True)
 
+pytestmark = pytest.mark.xdist_group("cuda-code")  # disassembled once for all
+
 ARCHITECTURES = (80, 90, 100)
 OPERATORS = ("commit", "topk_logprobs", "tree_mask", "write_kv")
 

@@ -14,7 +14,10 @@ from pathlib import Path
 import cuda_emulated
 import pytest
 
-BUILD = Path(__file__).resolve().parent.parent / "build" / "cmake"
+pytestmark = pytest.mark.xdist_group("sanitizers")  # one worker builds for all
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "cmake"
 TOOLS = ("address", "thread")
 OPERATORS = ("tree_mask", "write_kv", "commit", "topk_logprobs")
 
@@ -22,8 +25,8 @@ FAULTS = [
     # planted fault, tool, what is reported
     ("missing_barrier", "thread", r"data race .* in missing_barrier"),
     ("missing_warp_barrier", "thread", r"data race .* in missing_warp_barrier"),
-    ("missing_wait", "thread", r"data race .* in pipeline<false, true>"),
-    ("write_after_read", "thread", r"data race .* in pipeline<true, false>"),
+    ("missing_wait", "thread", r"data race(?s:.)*pipeline<false, true>"),
+    ("write_after_read", "thread", r"data race(?s:.)*pipeline<true, false>"),
     ("blocks_race", "thread", r"data race .* in blocks_race"),
     ("wide_store_race", "thread", r"data race .* in wide_store_race"),
     ("global_out_of_bounds", "address", r"heap-buffer-overflow .* in global_out_of_bounds"),
@@ -116,3 +119,42 @@ def test_what_was_not_waited_for_or_written_is_poison() -> None:
     """Without a tool, a fault shows in the result: poison is -1 as an integer."""
     for name, result in (("missing_wait", -256), ("uninitialised_shared", 72)):
         assert _run("address", name, "forward") == (0, f"sum {result}\ndone\n")
+
+
+BARRIERS = [
+    pytest.param(operator, source, number, id=f"{source}-{number}")
+    for operator, source in (
+        ("tree_mask", "tree_mask.cu"),
+        ("topk_logprobs", "topk_logprobs.cu"),
+        ("topk_logprobs", "ranked.cuh"),
+    )
+    for number, line in enumerate((ROOT / "csrc" / "cuda" / source).read_text("utf-8").splitlines())
+    if line.strip() == "__syncthreads();"
+]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(("operator", "source", "number"), BARRIERS)
+def test_a_kernel_without_one_of_its_barriers_is_reported(
+    operator: str, source: str, number: int, tmp_path: Path
+) -> None:
+    """Also that the shapes above need every barrier."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    mutated = tmp_path / "csrc" / "cuda" / source
+    lines = mutated.read_text("utf-8").splitlines()
+    lines[number] = ""
+    mutated.write_text("\n".join(lines), "utf-8")
+    objects = BUILD / "CMakeFiles" / "sanitized_thread.dir"
+    others = [p for p in objects.rglob("*.o") if p.name != f"{operator}.cpp.o"]
+    assert len(others) == len(list(objects.rglob("*.o"))) - 1
+    program = tmp_path / "mutant"
+    subprocess.run(
+        ["c++", "-std=c++20", "-O1", "-fsanitize=thread", "-Wno-unknown-pragmas", "-x", "c++",
+         tmp_path / "csrc" / "cuda" / f"{operator}.cu", "-x", "none", *others, "-o", program],
+        check=True,
+    )  # fmt: skip
+    result = subprocess.run(
+        [program, operator, "random:1"], capture_output=True, text=True, check=False
+    )
+    assert "ThreadSanitizer: data race" in result.stderr

@@ -91,7 +91,10 @@ struct Block {
   std::vector<Thread*> threads;
   int alive = 0, waiting = 0;
   Location barrier{};
-  char barrier_tag = 0, warp_tags[32] = {};  // addresses that stand for synchronisation
+  // Addresses that stand for what a barrier orders. Two, in turns: a thread that leaves one barrier
+  // late must not see what others did on their way to the next.
+  char barrier_tags[2] = {}, warp_tags[32][2] = {};
+  unsigned barriers_passed = 0, warps_passed[32] = {};
 };
 
 enum class Order { kForward, kReverse, kRandom };

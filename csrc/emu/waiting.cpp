@@ -1,5 +1,6 @@
 // Where threads wait for one another, and what they are told when they may not.
 #include <algorithm>
+#include <bit>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -26,6 +27,7 @@ void release_barrier(Block& block) {
     make_ready(thread);
   }
   block.waiting = 0;
+  ++block.barriers_passed;
   ++counters.barriers;
 }
 
@@ -81,10 +83,11 @@ int barrier(const char* name, int predicate, Location where) {
   block.barrier = self->where = where;
   self->state = State::kAtBarrier;
   self->predicate = predicate;
-  release(&block.barrier_tag);
+  char* tag = &block.barrier_tags[block.barriers_passed % 2];
+  release(tag);
   if (++block.waiting == block.alive) release_barrier(block);
   wait();
-  acquire(&block.barrier_tag);
+  acquire(tag);
   return self->votes;
 }
 
@@ -118,16 +121,24 @@ void warp_operation(const char* name, unsigned mask, const void* input, void* ou
     }
     arrived |= 1u << i;
   }
-  char* tag = &block.warp_tags[self->warp];
-  if (orders_memory) release(tag);
+  // Only whole warps take turns for certain; parts of one are ordered with both.
+  const bool is_whole = num_lanes == std::popcount(mask);
+  char* tags = block.warp_tags[self->warp];
+  const unsigned turn = block.warps_passed[self->warp] % 2;
+  for (unsigned i = 0; orders_memory && i < 2; ++i) {
+    if (!is_whole || i == turn) release(&tags[i]);
+  }
   if (arrived == mask) {
     resolve(lanes, mask);
+    block.warps_passed[self->warp] += orders_memory && is_whole;
     for (int i = 0; i < num_lanes; ++i) {
       if (mask >> i & 1) make_ready(lanes[i]);
     }
   }
   wait();
-  if (orders_memory) acquire(tag);
+  for (unsigned i = 0; orders_memory && i < 2; ++i) {
+    if (!is_whole || i == turn) acquire(&tags[i]);
+  }
 }
 
 void yield() {
