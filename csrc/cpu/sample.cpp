@@ -1,6 +1,5 @@
 // Draws the tokens of each row. One thread owns a row, or all share each row when rows are few.
-// Bytes moved per row: its logits once; sampled rows also write and reread their scores in a buffer
-// that stays in cache.
+// Bytes moved per row: its logits once, and again from cache the blocks that may pass a filter.
 #include "parallel.hpp"
 #include "sampling.hpp"
 
