@@ -23,6 +23,7 @@ NVIDIA_GROUPS = {
     "store": r"STG",
     "store128": r"STG\S*\.128",
     "local": r"(LDL|STL)",
+    "barrier": r"BAR",
     "fused": r"(FFMA|DFMA)",
 }
 """What an instruction counts as, by the start of its name."""
@@ -34,6 +35,7 @@ AMD_GROUPS = {
     "store": r"(buffer|global|flat)_store",
     "store128": r"(buffer|global|flat)_store_dwordx4",
     "local": r"scratch_",
+    "barrier": r"s_barrier",
     "fused": r"v_(pk_)?fma",
 }
 

@@ -13,7 +13,7 @@ from specdec_kernels.bench.e2e import read_prompts
 from specdec_kernels.bench.ops import check_case, run_ops
 from specdec_kernels.bench.rules import DISTINCT, RULES, Settings, _mean, run_rules
 from specdec_kernels.hf.text import TextModel
-from specdec_kernels.registry import OPS
+from specdec_kernels.registry import INTERPRETS_TRITON, OPS
 
 FIELDS = {
     "op",
@@ -91,6 +91,12 @@ def test_unknown_names_are_refused() -> None:
         run_ops(["attention"])
     with pytest.raises(ValueError, match="backend 'tpu' cannot run tree_mask: unknown"):
         run_ops(["tree_mask"], backend="tpu")
+
+
+@pytest.mark.skipif(not INTERPRETS_TRITON, reason="kernels run compiled here, not interpreted")
+def test_interpreted_kernels_are_not_timed() -> None:
+    with pytest.raises(ValueError, match="interpreted kernels are not timed"):
+        run_ops(["tree_mask"], backend="triton", quick=True)
 
 
 def test_rules_are_compared_on_the_same_contexts() -> None:

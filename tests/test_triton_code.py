@@ -117,7 +117,7 @@ def _problems(record: dict[str, Any], budget: Budget) -> list[str]:
     found += [
         f"no {group} instruction"
         for group in budget.needs
-        if not record["counts"][group] and (record["is_aligned"] or group == "tensor")
+        if not record["counts"][group] and (record["is_aligned"] or group != "load128")
     ]
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import BACKENDS, OPS, Op
+from ..registry import BACKENDS, INTERPRETS_TRITON, OPS, Op
 from .baselines import Inputs, Run
 from .cases import CASES, BenchCase, Work, copy_to, num_bytes
 from .machine import describe_machine, synchronize
@@ -103,6 +103,8 @@ def _select(ops: Sequence[str] | None, backend: str | None) -> set[str]:
     chosen = set(OPS) if ops is None else set(ops)
     if unknown := sorted(chosen - OPS.keys()):
         raise ValueError(f"bench: unknown operator {unknown[0]!r}; known: {', '.join(OPS)}")
+    if backend == "triton" and INTERPRETS_TRITON:
+        raise ValueError("bench: interpreted kernels are not timed; unset TRITON_INTERPRET")
     for name in sorted(chosen):
         if backend is not None and (reason := OPS[name].why_absent(backend)) is not None:
             raise ValueError(f"bench: backend {backend!r} cannot run {name}: {reason}")
