@@ -19,7 +19,7 @@ class Budget:
         amd_registers: vector registers on gfx942.
         shared: bytes of shared memory per block.
         occupancy: least share of resident warps on any NVIDIA target, operands aligned.
-        needs: groups of instructions of `gpu_code` that must occur (`load128` with aligned operands).
+        needs: groups of `gpu_code` that must occur (`load128` with aligned operands).
     """
 
     registers: int
