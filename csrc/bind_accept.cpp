@@ -5,71 +5,17 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "accept_tensors.hpp"
 #include "core/acceptance.hpp"
-#include "core/philox.hpp"
-#include "cpu/error.hpp"
 #include "cpu/kernels.hpp"
-#include "cpu/verify.hpp"
 #include "shape_table.hpp"
-#include "tensor.hpp"
 
 namespace specdec {
 namespace {
-
-// The per-request arguments of a draw, contiguous; keeps the copies alive.
-struct SamplingTensors {
-  OptionalTensor seeds, positions, temperature, top_k, top_p, min_p, streams, coins;
-
-  SamplingTensors(const char* op, const OptionalTensor& seeds, const OptionalTensor& positions,
-                  const OptionalTensor& temperature, const OptionalTensor& top_k,
-                  const OptionalTensor& top_p, const OptionalTensor& min_p,
-                  const OptionalTensor& streams, const OptionalTensor& coins)
-      : seeds(packed(seeds)),
-        positions(packed(positions)),
-        temperature(packed(temperature)),
-        top_k(packed(top_k)),
-        top_p(packed(top_p)),
-        min_p(packed(min_p)),
-        streams(packed(streams)),
-        coins(packed(coins)) {
-    if (temperature && !coins && (!seeds || !positions)) {
-      fail("%s: seeds and positions must be given with temperature, got None", op);
-    }
-  }
-
-  SamplingParams params(const Tensor& logits, const OptionalTensor& bias,
-                        const OptionalTensor& mask, Domain domain) const {
-    const int64_t last = logits.dim() - 1;
-    return {
-        .logits = logits.const_data_ptr(),
-        .bias = data<float>(bias),
-        .mask = data<bool>(mask),
-        .seeds = data<int64_t>(seeds),
-        .positions = data<int64_t>(positions),
-        .temperature = data<float>(temperature),
-        .top_k = data<int32_t>(top_k),
-        .top_p = data<float>(top_p),
-        .min_p = data<float>(min_p),
-        .streams = data<int64_t>(streams),
-        .stride_logits_b = logits.stride(0),
-        .stride_logits_n = last == 2 ? logits.stride(1) : 0,
-        .stride_logits_v = logits.stride(last),
-        .stride_bias_b = bias ? bias->stride(0) : 0,
-        .stride_bias_v = bias ? bias->stride(1) : 0,
-        .stride_mask_b = mask ? mask->stride(0) : 0,
-        .stride_mask_v = mask ? mask->stride(1) : 0,
-        .batch = int32(logits.size(0)),
-        .vocab = int32(logits.size(last)),
-        .domain = static_cast<uint32_t>(domain),
-        .dtype = dtype_of(logits),
-    };
-  }
-};
 
 // Memory of an output that is written only on request: [0, 0] otherwise.
 Output on_request(bool is_wanted, int64_t rows, int64_t columns, ScalarType dtype) {
@@ -86,9 +32,7 @@ auto sample_cpu(const Tensor& logits, const OptionalTensor& seeds, const Optiona
                           streams, coins});
   const SamplingTensors sampling("sample", seeds, positions, temperature, top_k, top_p, min_p,
                                  streams, coins);
-  if (num_draws < 1 || (coins && num_draws > 1)) {
-    fail("sample: num_draws must be >= 1, and 1 with coins, got %ld", num_draws);
-  }
+  check_draws(num_draws, coins.has_value());
   const int64_t rows = logits.size(0);
   Output tokens({rows, num_draws}, ScalarType::Long);
   Output status({rows}, ScalarType::Int);
@@ -102,23 +46,6 @@ auto sample_cpu(const Tensor& logits, const OptionalTensor& seeds, const Optiona
       .num_draws = int32(num_draws),
   });
   return released(tokens, status, probs);
-}
-
-constexpr std::array<const char*, 6> kRules = {"walk",      "token",        "block",
-                                               "traversal", "gd_traversal", "typical"};
-
-Rule parse_rule(const std::string& name, bool is_lossy) {
-  const auto found = std::find(kRules.begin(), kRules.end(), name);
-  if (found == kRules.end()) {
-    fail(
-        "verify: rule must be one of walk, token, block, traversal, gd_traversal, typical, got "
-        "'%s'",
-        name.c_str());
-  }
-  if (name == "typical" && !is_lossy) {
-    fail("verify: rule 'typical' is lossy and must be asked for with lossy=True");
-  }
-  return static_cast<Rule>(found - kRules.begin());
 }
 
 // The drafted trees and the laws of their sampled nodes, contiguous where a kernel wants them so.
@@ -138,10 +65,7 @@ struct DraftTensors {
         rows(packed(rows)),
         laws(probs ? probs : logits),
         is_logits(!probs) {
-    if (probs && logits) fail("verify: draft_probs or draft_logits must be given, got both");
-    if (laws.has_value() != rows.has_value()) {
-      fail("verify: draft_rows and a draft law must be given together, got one");
-    }
+    check_laws(rows.has_value(), probs.has_value(), logits.has_value());
     if (laws) map_ids(offsets, vocab);
   }
 
@@ -213,20 +137,8 @@ struct DraftTensors {
   }
 
   DraftParams params() const {
-    DraftParams none;
-    none.kinds = data<int8_t>(kinds);
-    if (!laws) return none;
-    return {
-        .kinds = data<int8_t>(kinds),
-        .rows = data<int32_t>(rows),
-        .laws = data<float>(laws),
-        .draft_ids = draft_ids.empty() ? nullptr : draft_ids.data(),
-        .stride_laws_b = laws->stride(0),
-        .stride_laws_q = laws->stride(1),
-        .stride_laws_u = laws->stride(2),
-        .draft_vocab = int32(laws->size(2)),
-        .is_logits = is_logits,
-    };
+    return draft_params(kinds, rows, laws, is_logits,
+                        draft_ids.empty() ? nullptr : draft_ids.data());
   }
 };
 

@@ -1,33 +1,11 @@
 // Binds the CUDA kernels to the PyTorch dispatcher: current stream, device of the first tensor.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/kernels.hpp"
+#include "on_device.hpp"
 #include "operators.hpp"
-
-// In the CUDA part of PyTorch only, so weak: the library also loads where that is missing. Stream
-// has a native handle from PyTorch 2.13 on, this function is in every version.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace specdec {
 namespace {
-
-// The device of a tensor is current, and its current stream known, while this lives.
-class OnDevice {
- public:
-  OnDevice(const char* op, const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    if (aoti_torch_get_current_cuda_stream == nullptr) fail("%s: PyTorch has no CUDA here", op);
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
-  }
-
-  cuda::Stream stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cuda::Stream stream_ = nullptr;
-};
 
 std::tuple<Tensor, Tensor> tree_mask_cuda(const Tensor& parents, const Tensor& num_nodes) {
   const OnDevice device("tree_mask", parents);

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from specdec_kernels.ops.sample import check_draws
 from specdec_kernels.registry import BACKENDS, OPS
 from specdec_kernels.shapes import num_words
 
@@ -40,7 +41,7 @@ def install() -> None:
     BACKENDS[BACKEND] = "cpu"
     global emulated
     emulated = load()
-    for function in (tree_mask, write_kv, commit, topk_logprobs):
+    for function in (tree_mask, write_kv, commit, topk_logprobs, sample):
         OPS[function.__name__].implement(BACKEND)(function)
 
 
@@ -98,3 +99,38 @@ def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     logprobs, tokens = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
     emulated.topk_logprobs(logits, k, logprobs, tokens)
     return logprobs, tokens
+
+
+def sample(
+    logits: Tensor,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    streams: Tensor | None = None,
+    coins: Tensor | None = None,
+    *,
+    num_draws: int = 1,
+    domain: int = 3,
+    return_probs: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the operator."""
+    check_draws(temperature, seeds, positions, coins, num_draws)
+    rows, vocab = logits.shape
+    tokens = torch.empty((rows, num_draws), dtype=torch.int64)
+    status = torch.empty(rows, dtype=torch.int32)
+    probs = torch.empty((rows, vocab) if return_probs else (0, 0))
+    keys = (_packed(t) for t in (seeds, positions, temperature, top_k, top_p, min_p))
+    emulated.sample(
+        logits, *keys, bias, mask, _packed(streams), _packed(coins), num_draws, domain, tokens,
+        status, probs if return_probs else None,
+    )  # fmt: skip
+    return tokens, status, probs
+
+
+def _packed(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

@@ -7,7 +7,7 @@
 
 #include "draft_law.hpp"
 #include "sampling.hpp"
-#include "verify.hpp"
+#include "../core/verify.hpp"
 
 namespace specdec::SPECDEC_ISA {
 

@@ -5,7 +5,7 @@
 
 #include "simd.hpp"
 #include "vector_math.hpp"
-#include "verify.hpp"
+#include "../core/verify.hpp"
 
 namespace specdec::SPECDEC_ISA {
 

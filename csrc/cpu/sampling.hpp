@@ -8,7 +8,7 @@
 #include "edge.hpp"
 #include "kept_law.hpp"
 #include "row_blocks.hpp"
-#include "sample.hpp"
+#include "../core/sample.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
 

@@ -1,6 +1,6 @@
 // Decides each request and scores what it emits. One thread owns a request, or all share each row
 // when requests are few. Bytes moved: the logits of visited rows, once.
-#include "verify.hpp"
+#include "../core/verify.hpp"
 
 #include <cmath>
 

@@ -9,8 +9,10 @@
 namespace specdec {
 
 struct CommitParams;
+struct SampleParams;
 struct TopkLogprobsParams;
 struct TreeMaskParams;
+struct VerifyParams;
 struct WriteKvParams;
 
 namespace cuda {
@@ -24,6 +26,9 @@ void write_kv(const WriteKvParams& params, Stream stream);
 // `scratch` is device memory of that many bytes, with contents that do not matter.
 size_t topk_logprobs_scratch_bytes(const TopkLogprobsParams& params);
 void topk_logprobs(const TopkLogprobsParams& params, void* scratch, Stream stream);
+
+size_t sample_scratch_bytes(const SampleParams& params);
+void sample(const SampleParams& params, void* scratch, Stream stream);
 
 }  // namespace cuda
 }  // namespace specdec

@@ -43,6 +43,36 @@ void launch(const char* op, void (*kernel)(Params), dim3 grid, int threads, size
                                   static_cast<cudaStream_t>(stream)));
 }
 
+// What a launch is planned for. 0 where there is no device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+}
+
+inline int num_processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+// The most blocks that a cluster may hold; 1 where there are none.
+inline int largest_cluster() { return device_attribute(cudaDevAttrClusterLaunch) != 0 ? 8 : 1; }
+
+// `grid.x` is a multiple of `cluster`, the blocks that run at once and may wait for one another.
+template <class Params>
+void launch_clusters(const char* op, void (*kernel)(Params), dim3 grid, int threads,
+                     unsigned cluster, void* stream, std::type_identity_t<Params> params) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  void* arguments[] = {&params};
+  check_cuda(op, cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments));
+}
+
 template <class Params>
 void allow_dynamic_shared(const char* op, void (*kernel)(Params), size_t bytes) {
   check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -69,6 +99,16 @@ template <class Params>
 void launch(const char* op, void (*kernel)(Params), dim3 grid, int threads, size_t dynamic_shared,
             void*, const std::type_identity_t<Params>& params) {
   emu::launch({op, reinterpret_cast<const void*>(kernel), grid, threads, dynamic_shared},
+              [&] { kernel(params); });
+}
+
+inline int num_processors() { return emu::device.processors; }
+inline int largest_cluster() { return emu::device.cluster; }
+
+template <class Params>
+void launch_clusters(const char* op, void (*kernel)(Params), dim3 grid, int threads,
+                     unsigned cluster, void*, const std::type_identity_t<Params>& params) {
+  emu::launch({op, reinterpret_cast<const void*>(kernel), grid, threads, 0, cluster},
               [&] { kernel(params); });
 }
 

@@ -14,12 +14,14 @@ namespace specdec::emu {
 
 Counters counters{};
 Machine machine;
+Device device;
 
 namespace {
 
 constexpr size_t kSharedDefault = 48 << 10;
 constexpr size_t kSharedLimit = 163 << 10;  // of sm_80, the smallest target
 constexpr size_t kResidentBlocks = 4;       // in random order
+constexpr unsigned kClusterLimit = 8;       // that every GPU with clusters can run
 
 std::map<const void*, size_t> shared_leave;
 const std::function<void()>* body = nullptr;
@@ -53,8 +55,12 @@ void finish_thread() {
     fail(self->copies.front().where, "thread ends with cp.async under way");
   }
   if (block.waiting > 0) fail(block.barrier, "thread ends while others wait in a barrier");
+  if (block.cluster->waiting > 0) {
+    fail(block.cluster->barrier, "thread ends while others wait in a cluster barrier");
+  }
   self->state = State::kDone;
   --block.alive;
+  --block.cluster->alive;
   release(&end_tag);
   wait();
 }
@@ -92,6 +98,8 @@ std::string deadlock(const Block& block) {
 
 void run_blocks(const LaunchShape& shape, const size_t* numbers, size_t num) {
   std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<Cluster>> clusters(num / machine.cluster);
+  for (auto& cluster : clusters) cluster = std::make_unique<Cluster>();
   size_t used = 0;
   machine.ready.clear();
   machine.next_ready = 0;
@@ -101,6 +109,10 @@ void run_blocks(const LaunchShape& shape, const size_t* numbers, size_t num) {
     const uint3 index{static_cast<unsigned>(n % grid.x), static_cast<unsigned>(n / grid.x % grid.y),
                       static_cast<unsigned>(n / grid.x / grid.y)};
     Block& block = *blocks.emplace_back(std::make_unique<Block>(index, shape.dynamic_shared));
+    block.cluster = clusters[i / machine.cluster].get();
+    block.rank = index.x % machine.cluster;
+    block.cluster->blocks.push_back(&block);
+    block.cluster->alive += shape.threads;
     for (int t = 0; t < shape.threads; ++t) {
       Thread* thread = pooled_thread(used++);
       thread->block = &block;
@@ -138,21 +150,34 @@ void check_shape(const LaunchShape& shape) {
   const size_t shared = leave == shared_leave.end() ? kSharedDefault : leave->second;
   if (shape.threads < 1 || shape.threads > 1024 || shape.grid.x < 1 || shape.grid.y < 1 ||
       shape.grid.z < 1 || shape.grid.x > INT32_MAX || shape.grid.y > 65535 ||
-      shape.grid.z > 65535 || shape.dynamic_shared > shared) {
+      shape.grid.z > 65535 || shape.dynamic_shared > shared || shape.cluster < 1 ||
+      shape.cluster > kClusterLimit || shape.grid.x % shape.cluster != 0) {
     throw Error(std::string(shape.op) + ": invalid launch: grid " + std::to_string(shape.grid.x) +
                 " x " + std::to_string(shape.grid.y) + " x " + std::to_string(shape.grid.z) + ", " +
                 std::to_string(shape.threads) + " threads, " +
                 std::to_string(shape.dynamic_shared) + " bytes of shared memory, of which " +
-                std::to_string(shared) + " are allowed");
+                std::to_string(shared) + " are allowed, clusters of " +
+                std::to_string(shape.cluster));
   }
 }
 
-std::vector<size_t> block_order(size_t num) {
-  std::vector<size_t> numbers(num);
-  std::iota(numbers.begin(), numbers.end(), size_t{0});
-  if (machine.order == Order::kReverse) std::reverse(numbers.begin(), numbers.end());
+template <class T>
+void order(T* values, size_t num) {
+  if (machine.order == Order::kReverse) std::reverse(values, values + num);
   for (size_t i = num; machine.order == Order::kRandom && i > 1; --i) {
-    std::swap(numbers[i - 1], numbers[random_number() % i]);
+    std::swap(values[i - 1], values[random_number() % i]);
+  }
+}
+
+// Those of a cluster in a row; they follow one another along x.
+std::vector<size_t> block_order(size_t num) {
+  std::vector<size_t> clusters(num / machine.cluster), numbers;
+  std::iota(clusters.begin(), clusters.end(), size_t{0});
+  order(clusters.data(), clusters.size());
+  for (const size_t cluster : clusters) {
+    for (size_t i = 0; i < machine.cluster; ++i) numbers.push_back(cluster * machine.cluster + i);
+    if (machine.cluster > 1)
+      order(numbers.data() + numbers.size() - machine.cluster, machine.cluster);
   }
   return numbers;
 }
@@ -187,6 +212,7 @@ void launch(const LaunchShape& shape, const std::function<void()>& thread) {
   Unchecked unchecked;
   check_shape(shape);
   machine.grid = shape.grid;
+  machine.cluster = shape.cluster;
   machine.block = dim3(static_cast<unsigned>(shape.threads));
   body = &thread;
   machine.error.clear();
@@ -195,9 +221,11 @@ void launch(const LaunchShape& shape, const std::function<void()>& thread) {
   ++counters.launches;
   const std::vector<size_t> numbers =
       block_order(size_t{shape.grid.x} * shape.grid.y * shape.grid.z);
+  const size_t few =
+      std::max<size_t>(kResidentBlocks / shape.cluster * shape.cluster, shape.cluster);
   const size_t resident = kHasTsan                          ? numbers.size()
-                          : machine.order == Order::kRandom ? kResidentBlocks
-                                                            : 1;
+                          : machine.order == Order::kRandom ? few
+                                                            : shape.cluster;
   for (size_t i = 0; i < numbers.size() && machine.error.empty(); i += resident) {
     run_blocks(shape, &numbers[i], std::min(resident, numbers.size() - i));
   }

@@ -3,7 +3,7 @@
 // A thread runs until it must wait: at a barrier, in a warp operation, or at its end. So a kernel
 // that lacks a barrier gives another result in another order, and under ThreadSanitizer, to which
 // each fiber is a thread, it is reported whatever the order. Blocks run one after another; in
-// random order a few at a time, and under ThreadSanitizer all at once.
+// random order a few at a time, and under ThreadSanitizer all at once; those of a cluster together.
 #pragma once
 
 #include <cstddef>
@@ -47,7 +47,15 @@ struct LaunchShape {
   dim3 grid;
   int threads;
   size_t dynamic_shared;
+  unsigned cluster = 1;  // blocks, along x
 };
+
+// The GPU that tests pretend to have, for what a launch asks of it.
+struct Device {
+  int processors = 16;
+  int cluster = 2;  // blocks, at most; 1 as on sm_80
+};
+extern Device device;
 
 // Runs `thread` for every thread of every block; throws Error.
 void launch(const LaunchShape& shape, const std::function<void()>& thread);
@@ -56,6 +64,7 @@ void launch(const LaunchShape& shape, const std::function<void()>& thread);
 void allow_dynamic_shared(const void* kernel, size_t bytes);
 
 struct Block;
+struct Cluster;
 
 struct AsyncCopy {
   void* target;
@@ -64,7 +73,7 @@ struct AsyncCopy {
   Location where;
 };
 
-enum class State : uint8_t { kReady, kAtBarrier, kInWarpOperation, kDone };
+enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kInWarpOperation, kDone };
 
 struct Thread {
   Fiber fiber;
@@ -89,6 +98,8 @@ struct Block {
   uint3 index;
   SharedMemory shared;
   std::vector<Thread*> threads;
+  Cluster* cluster = nullptr;
+  unsigned rank = 0;  // in the cluster
   int alive = 0, waiting = 0;
   Location barrier{};
   // Addresses that stand for what a barrier orders. Two, in turns: a thread that leaves one barrier
@@ -97,12 +108,21 @@ struct Block {
   unsigned barriers_passed = 0, warps_passed[32] = {};
 };
 
+struct Cluster {
+  std::vector<Block*> blocks;
+  int alive = 0, waiting = 0;  // threads
+  Location barrier{};
+  char barrier_tags[2] = {};
+  unsigned barriers_passed = 0;
+};
+
 enum class Order { kForward, kReverse, kRandom };
 
 // The launch under way.
 struct Machine {
   Thread* current = nullptr;
   dim3 grid, block;
+  unsigned cluster = 1;
   Order order = Order::kForward;
   uint64_t seed = 0, random_state = 1;
   Fiber scheduler;
@@ -122,6 +142,9 @@ std::string describe(const Location& where);
 
 // Waits for all threads of the block; the number whose predicate is not zero.
 int barrier(const char* name, int predicate, Location where);
+
+// Waits for all threads of the cluster.
+void cluster_barrier(Location where);
 
 // Waits for the lanes of `mask`; the last to come calls `resolve` with the warp's threads, once.
 using Resolve = void (*)(Thread* const* lanes, unsigned mask);

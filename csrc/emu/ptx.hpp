@@ -59,6 +59,13 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   emu::matrix_product(d, a, b, [](uint16_t bits) { return to_float(T{bits}); }, where);
 }
 
+inline uint32_t cluster_rank() { return emu::machine.current->block->rank; }
+inline uint32_t cluster_size() { return emu::machine.cluster; }
+
+inline void cluster_sync(emu::Location where = emu::Location::current()) {
+  emu::cluster_barrier(where);
+}
+
 // `low` in the low half.
 template <class T>
 uint32_t pack2(float low, float high) {

@@ -91,6 +91,33 @@ int barrier(const char* name, int predicate, Location where) {
   return self->votes;
 }
 
+void cluster_barrier(Location where) {
+  Unchecked unchecked;
+  Thread* self = machine.current;
+  Cluster& cluster = *self->block->cluster;
+  if (cluster.waiting > 0 && !same_place(cluster.barrier, where)) {
+    fail(where, "cluster barrier diverges: other threads wait at %s",
+         describe(cluster.barrier).c_str());
+  }
+  if (cluster.alive != static_cast<int>(cluster.blocks.size() * self->block->threads.size())) {
+    fail(where, "cluster barrier after threads of the cluster ended");
+  }
+  cluster.barrier = self->where = where;
+  self->state = State::kAtClusterBarrier;
+  char* tag = &cluster.barrier_tags[cluster.barriers_passed % 2];
+  release(tag);
+  if (++cluster.waiting == cluster.alive) {
+    for (const Block* block : cluster.blocks) {
+      for (Thread* thread : block->threads) make_ready(thread);
+    }
+    cluster.waiting = 0;
+    ++cluster.barriers_passed;
+    ++counters.barriers;
+  }
+  wait();
+  acquire(tag);
+}
+
 void warp_operation(const char* name, unsigned mask, const void* input, void* output,
                     Resolve resolve, Location where, bool orders_memory) {
   Unchecked unchecked;

@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "../../csrc/arguments.hpp"
+#include "../../csrc/accept_arguments.hpp"
 #include "../../csrc/cuda/kernels.hpp"
 #include "../../csrc/emu/machine.hpp"
 
@@ -73,6 +73,31 @@ void run_topk_logprobs(const TensorView& logits, int64_t k, const TensorView& lo
   cuda::topk_logprobs(params, scratch.data(), nullptr);
 }
 
+// Scratch of a call, whose contents must not matter.
+std::vector<uint64_t> poisoned(size_t bytes) {
+  return std::vector<uint64_t>(bytes / 8 + 1, ~uint64_t{0});
+}
+
+void run_sample(const TensorView& logits, const OptionalView& seeds, const OptionalView& positions,
+                const OptionalView& temperature, const OptionalView& top_k,
+                const OptionalView& top_p, const OptionalView& min_p, const OptionalView& bias,
+                const OptionalView& mask, const OptionalView& streams, const OptionalView& coins,
+                int64_t num_draws, int64_t domain, const TensorView& tokens,
+                const TensorView& status, const OptionalView& probs) {
+  SampleParams params{};
+  params.sampling = sampling_params(logits, 1, logits.dtype, seeds, positions, temperature, top_k,
+                                    top_p, min_p, bias, mask, streams, static_cast<Domain>(domain));
+  params.coins = pointer<double>(coins);
+  params.tokens = tokens.as<int64_t>();
+  params.status = status.as<int32_t>();
+  params.probs = probs ? probs->as<float>() : nullptr;
+  params.num_draws = int32(num_draws);
+  cuda::sample(params, poisoned(cuda::sample_scratch_bytes(params)).data(), nullptr);
+}
+
+// The GPU that is pretended: its processors, and blocks of a cluster.
+void set_device(int processors, int cluster) { emu::device = {processors, cluster}; }
+
 // What ran since the last call.
 py::dict take_counters() {
   const emu::Counters c = std::exchange(emu::counters, {});
@@ -98,10 +123,12 @@ PYBIND11_MODULE(cuda_emulated, module) {
     }
   });
   module.def("set_order", &emu::set_order);
+  module.def("set_device", &set_device);
   module.def("take_counters", &take_counters);
   module.def("check_topk", &check_topk);
   module.def("tree_mask", &run_tree_mask);
   module.def("write_kv", &run_write_kv);
   module.def("commit", &run_commit);
   module.def("topk_logprobs", &run_topk_logprobs);
+  module.def("sample", &run_sample);
 }

@@ -16,7 +16,7 @@ struct DraftParams {
   const int32_t* draft_ids =
       nullptr;  // [V], target id -> draft id or -1; null if they are the same
   int64_t stride_laws_b = 0, stride_laws_q = 0, stride_laws_u = 0;
-  int32_t draft_vocab = 0;
+  int32_t num_laws = 0, draft_vocab = 0;  // Q, U
   bool is_logits = false;
 };
 

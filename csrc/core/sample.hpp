@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "../core/numeric.hpp"
+#include "numeric.hpp"
 
 namespace specdec {
 

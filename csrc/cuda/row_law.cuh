@@ -1,0 +1,420 @@
+// The target's law on one row, by the threads of a group: what specdec_kernels/sampling.py defines.
+//
+// A row is summarised first, tile by tile; later steps read again only the tiles that can hold what
+// they look for. The three filters keep exactly the tokens whose score reaches one edge, found by
+// search on the order of floats: nothing is sorted, nothing of a row's width is written.
+//
+// Delicate: scores and noise have the reference's bits, so these sources are compiled without
+// contraction into FMA. Masses are sums in double in another order than the reference's: a token
+// may fall on the other side of top-p only where the cumulative mass is within about 1e-13 of the
+// edge.
+#pragma once
+
+#include "group.cuh"
+
+namespace specdec::cuda {
+
+constexpr float kLargestNoise = 22.9f;  // gumbel(0) is 22.87
+
+// Of the tiles of one row. A tile's best is its key with the largest noisy score, or of a greedy
+// request logit; its mass the sum of exp(score - its largest score).
+struct Summaries {
+  float* maxima;   // [tiles], biased logits
+  RankKey* best;   // [tiles]; no key where it was not asked for
+  double* masses;  // [tiles]; 0 where they were not asked for
+
+  __device__ Summaries row(int64_t index, int64_t row_tiles) const {
+    return {maxima + index * row_tiles, best + index * row_tiles, masses + index * row_tiles};
+  }
+};
+
+// `noise` is null where none is added.
+template <class T>
+__device__ void summarize_tile(const LogitRow<T>& row, const Noise* noise, bool wants_mass,
+                               int32_t tile, const Summaries& summaries) {
+  constexpr int kLoads = LogitRow<T>::kLoads, kVector = LogitRow<T>::kVector;
+  float values[kLoads][kVector];
+  float most = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < kLoads; ++j) row.load(row.first_token(tile, j), values[j]);
+#pragma unroll
+  for (int j = 0; j < kLoads; ++j) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) most = fmaxf(most, values[j][i]);
+  }
+  const uint32_t ordered = warp_largest(static_cast<uint32_t>(to_order(most)) ^ 0x80000000u);
+  most = from_order(static_cast<int32_t>(ordered ^ 0x80000000u));
+  const bool is_infinite = row.is_sampled && most / row.temperature == INFINITY;
+  RankKey best = kNoKey;
+  double mass = 0.0;
+  if (noise != nullptr || wants_mass || !row.is_sampled) {
+    const float largest = row.score(most, is_infinite);
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const int32_t first = row.first_token(tile, j);
+      if (row.is_sampled) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[j][i] = row.score(values[j][i], is_infinite);
+      }
+      if (wants_mass) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          if (values[j][i] == -INFINITY) continue;
+          mass += exp(static_cast<double>(values[j][i]) - static_cast<double>(largest));
+        }
+      }
+      if (noise != nullptr) noise->add(first, values[j]);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if (values[j][i] == -INFINITY) continue;
+        best = max(best, rank_key(values[j][i] + 0.0f, first + i));
+      }
+    }
+    best = warp_largest(best);
+    if (wants_mass) mass = warp_sum(mass);
+  }
+  if (this_lane() != 0) return;
+  store_global(summaries.maxima + tile, most);
+  store_global(summaries.best + tile, noise != nullptr || !row.is_sampled ? best : kNoKey);
+  store_global(summaries.masses + tile, mass);
+}
+
+// A summarised row.
+template <class T>
+struct Scores {
+  static constexpr int kLoads = LogitRow<T>::kLoads, kVector = LogitRow<T>::kVector;
+
+  LogitRow<T> row;
+  Summaries summaries;
+  float largest;     // score
+  bool is_infinite;  // the row has +inf scores, and is uniform over them
+
+  // No token has a score that counts.
+  __device__ bool is_empty() const { return !(largest > -INFINITY); }
+
+  __device__ float score(float logit) const { return row.score(logit, is_infinite); }
+  __device__ float tile_largest(int32_t tile) const { return score(summaries.maxima[tile]); }
+
+  // The scores of a load; -inf where they do not reach the edge.
+  __device__ void load(int32_t first, float edge, float (&values)[kVector]) const {
+    row.load(first, values);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      values[i] = score(values[i]);
+      if (!(values[i] >= edge)) values[i] = -INFINITY;
+    }
+  }
+
+  // exp(score - largest), 0 for -inf.
+  __device__ double weight(float value) const {
+    if (value == -INFINITY) return 0.0;
+    return exp(static_cast<double>(value) - static_cast<double>(largest));
+  }
+
+  // A tile's best, or no key if it is void.
+  __device__ RankKey tile_best(int32_t tile) const {
+    return tile_largest(tile) == -INFINITY ? kNoKey : summaries.best[tile];
+  }
+};
+
+template <class T>
+__device__ Scores<T> open_row(Group& group, const LogitRow<T>& row, const Summaries& summaries) {
+  RankKey key = kNoKey;
+  for (int32_t tile = group.thread(); tile < row.tiles(); tile += kGroupThreads) {
+    key = max(key, rank_key(summaries.maxima[tile] + 0.0f, 0));
+  }
+  key = group.block_largest(key);
+  const float most = key == kNoKey ? -INFINITY : score_of(key);
+  const bool is_infinite = row.is_sampled && most / row.temperature == INFINITY;
+  return {row, summaries, row.score(most, is_infinite), is_infinite};
+}
+
+// Summarises a row, of whose tiles all threads may read then.
+template <class T>
+__device__ void summarize_row(Group& group, const LogitRow<T>& row, bool wants_mass,
+                              const Summaries& summaries) {
+  group.sync();  // all have read what is overwritten
+  for (int32_t tile = group.first_tile(); tile < row.tiles(); tile += group.tile_step()) {
+    summarize_tile<T>(row, nullptr, wants_mass, tile, summaries);
+  }
+  group.sync();
+}
+
+// The lowest token of the best key.
+template <class T>
+__device__ RankKey best_key(Group& group, const Scores<T>& scores) {
+  RankKey key = kNoKey;
+  for (int32_t tile = group.thread(); tile < scores.row.tiles(); tile += kGroupThreads) {
+    key = max(key, scores.tile_best(tile));
+  }
+  return group.block_largest(key);
+}
+
+// The sum of exp(score - largest) over the scores that reach the edge.
+template <class T>
+__device__ double total_weight(Group& group, const Scores<T>& scores, float edge) {
+  double total = 0.0;
+  for (int32_t tile = group.first_tile(); tile < scores.row.tiles(); tile += group.tile_step()) {
+    if (!(scores.tile_largest(tile) >= edge)) continue;
+    for (int j = 0; j < Scores<T>::kLoads; ++j) {
+      float values[Scores<T>::kVector];
+      scores.load(scores.row.first_token(tile, j), edge, values);
+#pragma unroll
+      for (const float value : values) total += scores.weight(value);
+    }
+  }
+  return group.sum(total);
+}
+
+// The same over all finite scores, from the summaries, which hold masses.
+template <class T>
+__device__ double summed_weight(Group& group, const Scores<T>& scores) {
+  double total = 0.0;
+  for (int32_t tile = group.thread(); tile < scores.row.tiles(); tile += kGroupThreads) {
+    const float largest = scores.tile_largest(tile);
+    if (largest >= kLowest) total += scores.summaries.masses[tile] * scores.weight(largest);
+  }
+  return group.block_sum(total);
+}
+
+// The lowest x >= edge, in order, such that the scores above x weigh less than the target: tokens,
+// or exp(score - largest) if `is_mass`. Each pass weighs the scores between kSums places, and draws
+// the two ends of what is left in to scores that are there; 4 to 6 passes of 100,000 tokens, at
+// most 12.
+template <class T>
+__device__ int32_t search(Group& group, const Scores<T>& scores, double target, bool is_mass,
+                          int32_t edge) {
+  int64_t low = int64_t{edge} - 1, high = to_order(scores.largest);
+  double beyond = 0.0;  // the weight of scores above `high`
+  for (bool is_first = true; high - low > 1; is_first = false) {
+    int32_t places[kSums];
+    const int64_t step = (high - low + kSums) / (kSums + 1);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      int64_t place = low + (i + 1) * step;
+      if (is_first) place = to_order(scores.largest - static_cast<float>(128 >> i) * 0.25f);
+      places[i] = static_cast<int32_t>(min(max(place, low + 1), high));
+    }
+    double above[kSums] = {};
+    uint32_t most = 0, least = 0;  // distances: of the largest from `low`, of the least from `high`
+    for (int32_t tile = group.first_tile(); tile < scores.row.tiles(); tile += group.tile_step()) {
+      if (!(to_order(scores.tile_largest(tile)) > low)) continue;
+      for (int j = 0; j < Scores<T>::kLoads; ++j) {
+        float values[Scores<T>::kVector];
+        scores.load(scores.row.first_token(tile, j), kLowest, values);
+#pragma unroll
+        for (const float value : values) {
+          const int32_t order = to_order(value);
+          if (!(order > low && order <= high)) continue;
+          most = max(most, static_cast<uint32_t>(order - low));
+          least = max(least, static_cast<uint32_t>(high - order) + 1);
+          const double weight = is_mass ? scores.weight(value) : 1.0;
+#pragma unroll
+          for (int i = 0; i < kSums; ++i) above[i] += order > places[i] ? weight : 0.0;
+        }
+      }
+    }
+    // one key holds one number: they are exchanged one after the other
+    const RankKey largest = group.sums_and_largest(above, most);
+    const RankKey smallest = group.largest(RankKey{least});
+    if (largest == 0) return static_cast<int32_t>(low + 1);  // nothing is between the ends
+    const int64_t last = low + static_cast<int64_t>(largest);
+    const int64_t first = high - static_cast<int64_t>(smallest) + 1;
+    const double weight = beyond;
+#pragma unroll
+    for (int i = kSums - 1; i >= 0; --i) {
+      if (weight + above[i] < target) {
+        high = places[i];
+        beyond = weight + above[i];
+      } else {
+        low = max(low, int64_t{places[i]});
+      }
+    }
+    // Nothing lies between `last` and the old upper end, or below `first`.
+    if (last < high) high = last;
+    low = max(low, first - 1);
+  }
+  return static_cast<int32_t>(high);
+}
+
+// The score that a token must reach to pass top-k, top-p and min-p. Top-k and top-p keep x unless
+// the tokens above x already weigh as much as their target: k tokens, or top_p of the mass that
+// top-k left. The summaries hold masses if top_p is below 1.
+template <class T>
+__device__ float find_edge(Group& group, const Scores<T>& scores, const RowFilters& filters) {
+  int32_t edge = to_order(kLowest);
+  if (filters.top_k > 0) {
+    edge = search(group, scores, static_cast<double>(filters.top_k), false, edge);
+  }
+  if (filters.top_p < 1.0f) {
+    const double left = filters.top_k > 0 ? total_weight(group, scores, from_order(edge))
+                                          : summed_weight(group, scores);
+    edge =
+        search(group, scores, fmax(static_cast<double>(filters.top_p) * left, 1e-300), true, edge);
+  }
+  if (filters.min_p > 0.0f) {
+    const double least =
+        static_cast<double>(scores.largest) + log(static_cast<double>(filters.min_p));
+    const float rounded = static_cast<float>(least);
+    const int32_t reached = to_order(rounded) + (static_cast<double>(rounded) < least ? 1 : 0);
+    edge = max(edge, reached);
+  }
+  return from_order(edge);
+}
+
+// A tile's best key below `after`, among the scores that reach the edge; by a warp.
+template <class T>
+__device__ RankKey tile_key(const Scores<T>& scores, const Noise* noise, float edge, int32_t tile,
+                            RankKey after) {
+  RankKey best = kNoKey;
+  for (int j = 0; j < Scores<T>::kLoads; ++j) {
+    const int32_t first = scores.row.first_token(tile, j);
+    float values[Scores<T>::kVector];
+    scores.load(first, edge, values);
+    if (noise != nullptr) noise->add(first, values);
+#pragma unroll
+    for (int i = 0; i < Scores<T>::kVector; ++i) {
+      if (values[i] == -INFINITY) continue;
+      const RankKey key = rank_key(values[i] + 0.0f, first + i);
+      if (key < after) best = max(best, key);
+    }
+  }
+  return warp_largest(best);
+}
+
+// The argmax of score + noise among the scores that reach the edge. Tiles that cannot win are not
+// read.
+template <class T>
+__device__ RankKey draw_noisy(Group& group, const Scores<T>& scores, const Noise& noise,
+                              float edge) {
+  RankKey best = kNoKey;
+  for (int32_t tile = group.first_tile(); tile < scores.row.tiles(); tile += group.tile_step()) {
+    const float largest = scores.tile_largest(tile);
+    if (!(largest >= edge)) continue;
+    if (best != kNoKey && !(largest + kLargestNoise >= score_of(best))) continue;
+    best = max(best, tile_key(scores, &noise, edge, tile, ~RankKey{0}));
+  }
+  return group.largest(best);
+}
+
+// The law of a row: weights of the scores that reach an edge, times the inverse of their sum. What
+// draws and sums below take has these two members.
+template <class T>
+struct RowLaw {
+  Scores<T> scores;
+  float edge;
+  double inverse;
+
+  __device__ void load(int32_t first, double (&masses)[LogitRow<T>::kVector]) const {
+    float values[LogitRow<T>::kVector];
+    scores.load(first, edge, values);
+#pragma unroll
+    for (int i = 0; i < LogitRow<T>::kVector; ++i) masses[i] = scores.weight(values[i]) * inverse;
+  }
+
+  __device__ bool has_mass(int32_t tile) const { return scores.tile_largest(tile) >= edge; }
+};
+
+// This lane's part of a tile's mass.
+template <class T, class Law>
+__device__ double lane_mass(const LogitRow<T>& row, const Law& law, int32_t tile) {
+  double mass = 0.0;
+  if (!law.has_mass(tile)) return mass;
+  for (int j = 0; j < LogitRow<T>::kLoads; ++j) {
+    double masses[LogitRow<T>::kVector];
+    law.load(row.first_token(tile, j), masses);
+#pragma unroll
+    for (const double each : masses) mass += each;
+  }
+  return mass;
+}
+
+// The sum of a warp's values up to this lane's.
+__device__ inline double warp_scan(double value) {
+  for (unsigned delta = 1; delta < kWarpSize; delta *= 2) {
+    const double before = __shfl_up_sync(~0u, value, delta);
+    if (this_lane() >= static_cast<int32_t>(delta)) value += before;
+  }
+  return value;
+}
+
+// Where the cumulative mass exceeds `target`: a lane with mass, or -1; adds the warp's to `below`.
+// `last` is the last lane with mass, or -1; `before` what lies below this lane.
+__device__ inline int32_t exceeding_lane(double mass, double target, double& below, int32_t& last,
+                                         double& before) {
+  const double up_to = warp_scan(mass);
+  const double exclusive = __shfl_up_sync(~0u, up_to, 1);
+  before = below + (this_lane() == 0 ? 0.0 : exclusive);
+  const unsigned beyond = __ballot_sync(~0u, mass > 0.0 && below + up_to > target);
+  last = kWarpSize - 1 - __clz(static_cast<int>(__ballot_sync(~0u, mass > 0.0)));
+  below += __shfl_sync(~0u, up_to, kWarpSize - 1);
+  return __ffs(static_cast<int>(beyond)) - 1;
+}
+
+// The lowest token of a tile at which the cumulative mass exceeds `target`, else the last one with
+// mass; by a warp.
+template <class T, class Law>
+__device__ int32_t draw_in_tile(const LogitRow<T>& row, const Law& law, int32_t tile, double target,
+                                double below) {
+  int32_t drawn = 0;
+  for (int j = 0; j < LogitRow<T>::kLoads; ++j) {
+    const int32_t first = row.first_token(tile, j);
+    double masses[LogitRow<T>::kVector];
+    law.load(first, masses);
+    double mass = 0.0;
+#pragma unroll
+    for (const double each : masses) mass += each;
+    int32_t last;
+    double before;
+    const int32_t lane = exceeding_lane(mass, target, below, last, before);
+    int32_t here = drawn;
+    bool is_beyond = false;
+#pragma unroll
+    for (int i = 0; i < LogitRow<T>::kVector; ++i) {
+      before += masses[i];
+      if (masses[i] > 0.0 && !is_beyond) here = first + i;
+      is_beyond |= masses[i] > 0.0 && before > target;
+    }
+    if (lane >= 0) return __shfl_sync(~0u, here, lane);
+    if (last >= 0) drawn = __shfl_sync(~0u, here, last);
+  }
+  return drawn;
+}
+
+// The lowest token at which the cumulative mass exceeds `coin` times the whole. A coin so near 1
+// that the product rounds up draws the last token with mass. `tile_masses`: [tiles], scratch.
+template <class T, class Law>
+__device__ int32_t draw_by_coin(Group& group, const LogitRow<T>& row, const Law& law, double coin,
+                                double* tile_masses) {
+  SPECDEC_SHARED(int32_t, drawn, [1]);
+  group.sync();  // all have read what is overwritten
+  for (int32_t tile = group.first_tile(); tile < row.tiles(); tile += group.tile_step()) {
+    const double mass = warp_sum(lane_mass(row, law, tile));
+    if (this_lane() == 0) tile_masses[tile] = mass;
+  }
+  group.sync();
+  if (group.thread() < kWarpSize) {
+    const int32_t lane = this_lane();
+    double whole = 0.0;
+    for (int32_t tile = lane; tile < row.tiles(); tile += kWarpSize) whole += tile_masses[tile];
+    double target = coin * warp_sum(whole), below = 0.0;
+    int32_t tile = -1, last_tile = 0;
+    for (int32_t first = 0; first < row.tiles() && tile < 0; first += kWarpSize) {
+      const double mass = first + lane < row.tiles() ? tile_masses[first + lane] : 0.0;
+      int32_t last;
+      double before;
+      const int32_t found = exceeding_lane(mass, target, below, last, before);
+      if (last >= 0) last_tile = first + last;
+      if (found < 0) continue;
+      tile = first + found;
+      below = __shfl_sync(~0u, before, found);
+    }
+    if (tile < 0) target = INFINITY;
+    const int32_t token = draw_in_tile(row, law, tile < 0 ? last_tile : tile, target, below);
+    if (lane == 0) drawn[0] = token;
+  }
+  __syncthreads();
+  return drawn[0];
+}
+
+}  // namespace specdec::cuda
