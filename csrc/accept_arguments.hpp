@@ -80,6 +80,29 @@ DraftParams draft_params(const std::optional<Tensor>& kinds, const std::optional
   return params;
 }
 
+// The tree, and how to test it; outputs and draft are the caller's.
+template <class Tensor>
+VerifyParams tree_params(const SamplingParams& sampling, const Tensor& tokens,
+                         const Tensor& parents, const Tensor& num_nodes,
+                         const std::optional<Tensor>& coins, Rule rule, double typical_epsilon,
+                         double typical_delta) {
+  VerifyParams params{};
+  params.sampling = sampling;
+  params.tokens = pointer<int64_t>(tokens);
+  params.parents = pointer<int32_t>(parents);
+  params.num_nodes = pointer<int32_t>(num_nodes);
+  params.coins = pointer<double>(coins);
+  params.stride_tokens_b = tokens.stride(0);
+  params.stride_tokens_n = tokens.stride(1);
+  params.stride_parents_b = parents.stride(0);
+  params.stride_parents_n = parents.stride(1);
+  params.typical_epsilon = typical_epsilon;
+  params.typical_delta = typical_delta;
+  params.rule = rule;
+  params.nodes = int32(tokens.size(1));
+  return params;
+}
+
 inline void check_draws(int64_t num_draws, bool has_coins) {
   if (num_draws < 1 || (has_coins && num_draws > 1)) {
     fail("sample: num_draws must be >= 1, and 1 with coins, got %ld", num_draws);

@@ -170,30 +170,19 @@ auto verify_cpu(const Tensor& logits, const Tensor& tokens, const Tensor& parent
   Output margins = on_request(return_logprobs, batch, nodes, ScalarType::Float);
   Output thresholds = on_request(return_law, batch, nodes, ScalarType::Double);
   Output next_law = on_request(return_law, batch, vocab, ScalarType::Double);
-  cpu_kernels().verify({
-      .sampling = sampling.params(logits, bias, mask, Domain::kTarget),
-      .draft = draft.params(),
-      .tokens = data<int64_t>(tokens),
-      .parents = data<int32_t>(parents),
-      .num_nodes = data<int32_t>(draft.num_nodes),
-      .coins = data<double>(sampling.coins),
-      .path = path.data<int32_t>(),
-      .num_accepted = num_accepted.data<int32_t>(),
-      .next_tokens = next_tokens.data<int64_t>(),
-      .status = status.data<int32_t>(),
-      .logprobs = return_logprobs ? logprobs.data<float>() : nullptr,
-      .margins = return_logprobs ? margins.data<float>() : nullptr,
-      .thresholds = return_law ? thresholds.data<double>() : nullptr,
-      .next_law = return_law ? next_law.data<double>() : nullptr,
-      .stride_tokens_b = tokens.stride(0),
-      .stride_tokens_n = tokens.stride(1),
-      .stride_parents_b = parents.stride(0),
-      .stride_parents_n = parents.stride(1),
-      .typical_epsilon = typical_epsilon,
-      .typical_delta = typical_delta,
-      .rule = rule,
-      .nodes = int32(nodes),
-  });
+  VerifyParams params =
+      tree_params(sampling.params(logits, bias, mask, Domain::kTarget), tokens, parents,
+                  draft.num_nodes, sampling.coins, rule, typical_epsilon, typical_delta);
+  params.draft = draft.params();
+  params.path = path.data<int32_t>();
+  params.num_accepted = num_accepted.data<int32_t>();
+  params.next_tokens = next_tokens.data<int64_t>();
+  params.status = status.data<int32_t>();
+  params.logprobs = return_logprobs ? logprobs.data<float>() : nullptr;
+  params.margins = return_logprobs ? margins.data<float>() : nullptr;
+  params.thresholds = return_law ? thresholds.data<double>() : nullptr;
+  params.next_law = return_law ? next_law.data<double>() : nullptr;
+  cpu_kernels().verify(params);
   return released(path, num_accepted, next_tokens, status, logprobs, margins, thresholds, next_law);
 }
 

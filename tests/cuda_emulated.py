@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels.ops.sample import check_draws
+from specdec_kernels.ops.verify_checks import check_arguments
 from specdec_kernels.registry import BACKENDS, OPS
 from specdec_kernels.shapes import num_words
 
@@ -41,7 +42,7 @@ def install() -> None:
     BACKENDS[BACKEND] = "cpu"
     global emulated
     emulated = load()
-    for function in (tree_mask, write_kv, commit, topk_logprobs, sample):
+    for function in (tree_mask, write_kv, commit, topk_logprobs, sample, verify):
         OPS[function.__name__].implement(BACKEND)(function)
 
 
@@ -130,6 +131,62 @@ def sample(
         status, probs if return_probs else None,
     )  # fmt: skip
     return tokens, status, probs
+
+
+def verify(
+    logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    num_nodes: Tensor,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    kinds: Tensor | None = None,
+    draft_rows: Tensor | None = None,
+    draft_probs: Tensor | None = None,
+    draft_logits: Tensor | None = None,
+    draft_offsets: Tensor | None = None,
+    coins: Tensor | None = None,
+    *,
+    rule: str = "walk",
+    lossy: bool = False,
+    typical_epsilon: float = 0.09,
+    typical_delta: float = 0.3,
+    return_logprobs: bool = False,
+    return_law: bool = False,
+) -> tuple[Tensor, ...]:
+    """As the operator."""
+    check_arguments(
+        rule, lossy, draft_rows, draft_probs, draft_logits, temperature, seeds, positions, coins
+    )
+    batch, nodes, vocab = logits.shape
+    scored = (batch, nodes) if return_logprobs else (0, 0)
+    doubles = {"dtype": torch.float64}
+    outputs = (
+        torch.empty((batch, nodes), dtype=torch.int32),
+        torch.empty(batch, dtype=torch.int32),
+        torch.empty(batch, dtype=torch.int64),
+        torch.empty(batch, dtype=torch.int32),
+        torch.empty(scored),
+        torch.empty(scored),
+        torch.empty((batch, nodes) if return_law else (0, 0), **doubles),
+        torch.empty((batch, vocab) if return_law else (0, 0), **doubles),
+    )
+    keys = [_packed(t) for t in (seeds, positions, temperature, top_k, top_p, min_p)]
+    rows = (_packed(kinds), _packed(draft_rows))
+    draft = [*rows, draft_probs, draft_logits, _packed(draft_offsets)]
+    wanted = [True] * 4 + [return_logprobs] * 2 + [return_law] * 2
+    emulated.verify(
+        logits, tokens, parents, num_nodes.contiguous(), [*keys, bias, mask], draft,
+        _packed(coins), rule, lossy, typical_epsilon, typical_delta,
+        [out if is_wanted else None for out, is_wanted in zip(outputs, wanted, strict=True)],
+    )  # fmt: skip
+    return outputs
 
 
 def _packed(tensor: Tensor | None) -> Tensor | None:

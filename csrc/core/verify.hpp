@@ -14,7 +14,8 @@ struct DraftParams {
   const int32_t* rows = nullptr;  // [B, N], row of `laws` for the sampled children of a node
   const float* laws = nullptr;    // [B, Q, U], probabilities or logits
   const int32_t* draft_ids =
-      nullptr;  // [V], target id -> draft id or -1; null if they are the same
+      nullptr;                       // [V], target id -> draft id or -1; null if they are the same
+  const int64_t* offsets = nullptr;  // [U], for a kernel that makes draft_ids itself
   int64_t stride_laws_b = 0, stride_laws_q = 0, stride_laws_u = 0;
   int32_t num_laws = 0, draft_vocab = 0;  // Q, U
   bool is_logits = false;

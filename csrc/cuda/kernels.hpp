@@ -30,5 +30,8 @@ void topk_logprobs(const TopkLogprobsParams& params, void* scratch, Stream strea
 size_t sample_scratch_bytes(const SampleParams& params);
 void sample(const SampleParams& params, void* scratch, Stream stream);
 
+size_t verify_scratch_bytes(const VerifyParams& params);
+void verify(const VerifyParams& params, void* scratch, Stream stream);
+
 }  // namespace cuda
 }  // namespace specdec

@@ -25,6 +25,11 @@ __device__ inline float from_order(int32_t order) {
   return bit_cast<float>(order ^ ((order >> 31) & INT32_MAX));
 }
 
+// One copy each in a kernel, where tokens by the dozen call them: inlined, they are most of its
+// code.
+__device__ __noinline__ inline double exp_of(double x) { return exp(x); }
+__device__ __noinline__ inline float gumbel_of(uint32_t bits) { return gumbel<ScalarLanes>(bits); }
+
 // What a request asks of its rows.
 struct RowFilters {
   float temperature = 0.0f;  // greedy unless > 0
@@ -157,7 +162,7 @@ struct Noise {
       uint32_t word = words[i / 4][i % 4];
 #pragma unroll
       for (int s = 1; s < 4; ++s) word = shift == s ? words[(i + s) / 4][(i + s) % 4] : word;
-      scores[i] += gumbel<ScalarLanes>(word);
+      scores[i] += gumbel_of(word);
     }
   }
 };

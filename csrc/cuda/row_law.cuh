@@ -60,7 +60,7 @@ __device__ void summarize_tile(const LogitRow<T>& row, const Noise* noise, bool 
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           if (values[j][i] == -INFINITY) continue;
-          mass += exp(static_cast<double>(values[j][i]) - static_cast<double>(largest));
+          mass += exp_of(static_cast<double>(values[j][i]) - static_cast<double>(largest));
         }
       }
       if (noise != nullptr) noise->add(first, values[j]);
@@ -98,17 +98,30 @@ struct Scores {
   // The scores of a load; -inf where they do not reach the edge.
   __device__ void load(int32_t first, float edge, float (&values)[kVector]) const {
     row.load(first, values);
+    reach(edge, values);
+  }
+
+  // Those of a tile: all loads are under way before the first is used.
+  __device__ void load_tile(int32_t tile, float edge, float (&values)[kLoads][kVector]) const {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      values[i] = score(values[i]);
-      if (!(values[i] >= edge)) values[i] = -INFINITY;
-    }
+    for (int j = 0; j < kLoads; ++j) row.load(row.first_token(tile, j), values[j]);
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) reach(edge, values[j]);
   }
 
   // exp(score - largest), 0 for -inf.
   __device__ double weight(float value) const {
     if (value == -INFINITY) return 0.0;
-    return exp(static_cast<double>(value) - static_cast<double>(largest));
+    return exp_of(static_cast<double>(value) - static_cast<double>(largest));
+  }
+
+  // Logits to scores; -inf where they do not reach the edge.
+  __device__ void reach(float edge, float (&values)[kVector]) const {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      values[i] = score(values[i]);
+      if (!(values[i] >= edge)) values[i] = -INFINITY;
+    }
   }
 
   // A tile's best, or no key if it is void.
@@ -156,11 +169,12 @@ __device__ double total_weight(Group& group, const Scores<T>& scores, float edge
   double total = 0.0;
   for (int32_t tile = group.first_tile(); tile < scores.row.tiles(); tile += group.tile_step()) {
     if (!(scores.tile_largest(tile) >= edge)) continue;
-    for (int j = 0; j < Scores<T>::kLoads; ++j) {
-      float values[Scores<T>::kVector];
-      scores.load(scores.row.first_token(tile, j), edge, values);
+    float values[Scores<T>::kLoads][Scores<T>::kVector];
+    scores.load_tile(tile, edge, values);
 #pragma unroll
-      for (const float value : values) total += scores.weight(value);
+    for (const auto& load : values) {
+#pragma unroll
+      for (const float value : load) total += scores.weight(value);
     }
   }
   return group.sum(total);
@@ -199,11 +213,12 @@ __device__ int32_t search(Group& group, const Scores<T>& scores, double target, 
     uint32_t most = 0, least = 0;  // distances: of the largest from `low`, of the least from `high`
     for (int32_t tile = group.first_tile(); tile < scores.row.tiles(); tile += group.tile_step()) {
       if (!(to_order(scores.tile_largest(tile)) > low)) continue;
-      for (int j = 0; j < Scores<T>::kLoads; ++j) {
-        float values[Scores<T>::kVector];
-        scores.load(scores.row.first_token(tile, j), kLowest, values);
+      float values[Scores<T>::kLoads][Scores<T>::kVector];
+      scores.load_tile(tile, kLowest, values);
 #pragma unroll
-        for (const float value : values) {
+      for (const auto& load : values) {
+#pragma unroll
+        for (const float value : load) {
           const int32_t order = to_order(value);
           if (!(order > low && order <= high)) continue;
           most = max(most, static_cast<uint32_t>(order - low));
@@ -243,14 +258,17 @@ __device__ int32_t search(Group& group, const Scores<T>& scores, double target, 
 template <class T>
 __device__ float find_edge(Group& group, const Scores<T>& scores, const RowFilters& filters) {
   int32_t edge = to_order(kLowest);
-  if (filters.top_k > 0) {
-    edge = search(group, scores, static_cast<double>(filters.top_k), false, edge);
-  }
-  if (filters.top_p < 1.0f) {
-    const double left = filters.top_k > 0 ? total_weight(group, scores, from_order(edge))
-                                          : summed_weight(group, scores);
-    edge =
-        search(group, scores, fmax(static_cast<double>(filters.top_p) * left, 1e-300), true, edge);
+#pragma unroll 1
+  for (int filter = 0; filter < 2; ++filter) {  // in a loop: one copy of the search
+    const bool is_mass = filter == 1;
+    if (is_mass ? !(filters.top_p < 1.0f) : filters.top_k <= 0) continue;
+    double target = static_cast<double>(filters.top_k);
+    if (is_mass) {
+      const double left = filters.top_k > 0 ? total_weight(group, scores, from_order(edge))
+                                            : summed_weight(group, scores);
+      target = fmax(static_cast<double>(filters.top_p) * left, 1e-300);
+    }
+    edge = search(group, scores, target, is_mass, edge);
   }
   if (filters.min_p > 0.0f) {
     const double least =

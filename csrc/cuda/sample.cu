@@ -8,8 +8,6 @@
 //
 // Segments and summaries in global memory, and not one kernel of clusters over V: sm_80 has none,
 // and rows in numbers fill a device without. A cluster is used where there are few rows to search.
-#include <algorithm>
-
 #include "../core/acceptance.hpp"
 #include "summaries.cuh"
 
@@ -65,7 +63,7 @@ __device__ void draw_many(Group& group, const Scores<T>& scores, const Noise* no
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGroupThreads, 2)
+__global__ void __launch_bounds__(kGroupThreads, 1)
     draw_kernel(const __grid_constant__ DrawParams params) {
   const SampleParams& call = params.call;
   const int64_t r = blockIdx.x / cluster_size();

@@ -95,6 +95,35 @@ void run_sample(const TensorView& logits, const OptionalView& seeds, const Optio
   cuda::sample(params, poisoned(cuda::sample_scratch_bytes(params)).data(), nullptr);
 }
 
+using Views = std::vector<OptionalView>;
+
+// `keys`: seeds, positions, temperature, top_k, top_p, min_p, bias, mask. `draft`: kinds, rows,
+// probs, logits, offsets. `outputs` in the order of the operator's; those of logprobs and law may
+// be None.
+void run_verify(const TensorView& logits, const TensorView& tokens, const TensorView& parents,
+                const TensorView& num_nodes, const Views& keys, const Views& draft,
+                const OptionalView& coins, const std::string& rule, bool is_lossy, double epsilon,
+                double delta, const Views& outputs) {
+  const SamplingParams sampling = sampling_params<TensorView>(
+      logits, 2, logits.dtype, keys[0], keys[1], keys[2], keys[3], keys[4], keys[5], keys[6],
+      keys[7], std::nullopt, Domain::kTarget);
+  VerifyParams params = tree_params(sampling, tokens, parents, num_nodes, coins,
+                                    parse_rule(rule, is_lossy), epsilon, delta);
+  check_laws(draft[1].has_value(), draft[2].has_value(), draft[3].has_value());
+  params.draft =
+      draft_params(draft[0], draft[1], draft[2] ? draft[2] : draft[3], !draft[2], nullptr);
+  if (params.draft.laws != nullptr) params.draft.offsets = pointer<int64_t>(draft[4]);
+  params.path = outputs[0]->as<int32_t>();
+  params.num_accepted = outputs[1]->as<int32_t>();
+  params.next_tokens = outputs[2]->as<int64_t>();
+  params.status = outputs[3]->as<int32_t>();
+  params.logprobs = outputs[4] ? outputs[4]->as<float>() : nullptr;
+  params.margins = outputs[5] ? outputs[5]->as<float>() : nullptr;
+  params.thresholds = outputs[6] ? outputs[6]->as<double>() : nullptr;
+  params.next_law = outputs[7] ? outputs[7]->as<double>() : nullptr;
+  cuda::verify(params, poisoned(cuda::verify_scratch_bytes(params)).data(), nullptr);
+}
+
 // The GPU that is pretended: its processors, and blocks of a cluster.
 void set_device(int processors, int cluster) { emu::device = {processors, cluster}; }
 
@@ -131,4 +160,5 @@ PYBIND11_MODULE(cuda_emulated, module) {
   module.def("commit", &run_commit);
   module.def("topk_logprobs", &run_topk_logprobs);
   module.def("sample", &run_sample);
+  module.def("verify", &run_verify);
 }
