@@ -11,13 +11,13 @@ namespace specdec::cuda {
 
 struct DecideParams {
   VerifyParams call;
-  Summaries summaries;  // of [B, N] rows
-  uint64_t* exchange;   // [B, kExchangeBytes / 8]
-  double* tile_masses;  // [B, tiles]
-  NodeRecord* records;  // [B, blocks of a group, N]
-  int32_t* draft_ids;   // [V], made from offsets, or null
-  int32_t row_tiles;
-  int32_t blocks;  // of a group
+  Summaries summaries;            // of [B, N] rows
+  uint64_t* exchange;             // [B, kExchangeBytes / 8]
+  double* tile_masses;            // [B, mass_tiles]
+  NodeRecord* records;            // [B, blocks of a group, N]
+  int32_t* draft_ids;             // [V], made from offsets, or null
+  int32_t row_tiles, mass_tiles;  // of a row of logits; of that or a draft law
+  int32_t blocks;                 // of a group
   bool is_summarized;
   bool wants_totals;  // of the laws of sampled requests
 };
@@ -53,6 +53,8 @@ struct Request {
     return params.summaries.row(b * params.call.nodes + node, params.row_tiles);
   }
 
+  __device__ double* tile_masses() const { return params.tile_masses + b * params.mass_tiles; }
+
   // The scores of a node that was opened.
   __device__ Scores<T> scores(int32_t node) const {
     return {LogitRow<T>(params.call.sampling, b, node), summaries(node), records[node].largest,
@@ -71,21 +73,23 @@ struct Request {
     __syncthreads();
   }
 
-  // Filters the row of a node and begins its record. False if no token is left.
+  // Filters the row of a node and begins its record. False if no token is left. A greedy request
+  // has no filters: with kIsGreedy, the code for them is left out.
+  template <bool kIsGreedy>
   __device__ bool open(int32_t node, double reach) const {
     const LogitRow<T> row(params.call.sampling, b, node);
-    const bool wants_total = params.wants_totals && filters.is_sampled();
+    const bool wants_total = !kIsGreedy && params.wants_totals && filters.is_sampled();
     if (!params.is_summarized) {
-      const bool wants_mass = filters.is_sampled() && (wants_total || filters.top_p < 1.0f);
+      const bool wants_mass =
+          !kIsGreedy && filters.is_sampled() && (wants_total || filters.top_p < 1.0f);
       summarize_row(group, row, wants_mass, summaries(node));
     }
     const Scores<T> scores = open_row(group, row, summaries(node));
     float edge = kLowest;
     double total = 0.0;
-    if (!scores.is_empty()) {
-      if (filters.has_any()) edge = find_edge(group, scores, filters);
-      if (wants_total) {
-        total = edge == kLowest ? summed_weight(group, scores) : total_weight(group, scores, edge);
+    if constexpr (!kIsGreedy) {
+      if (!scores.is_empty()) {
+        edge = find_edge(group, scores, filters, wants_total, tile_masses(), total);
       }
     }
     note([&] {
@@ -122,7 +126,7 @@ struct Request {
       const float* law = draft.law(node);
       drawn = 0.0;
       if (law != nullptr) {
-        open_draft_law(group, draft, law, records[node]);
+        open_draft_law(group, draft, law, records[node], tile_masses());
         const NodeRecord& record = records[node];
         const int32_t id = is_token ? draft.id(token) : -1;
         if (id >= 0) drawn = draft.id_mass(law, record.draft_largest, record.draft_scale, id);
@@ -168,12 +172,12 @@ struct Request {
     int32_t fallback = kNone;
 #pragma unroll 1
     for (;; ++fallback) {  // rounding left nothing: the target law without the tokens tried, or all
-      mass = whole_mass(group, law.law.scores.row, law);
+      mass = measure(group, law.law.scores.row, law, tile_masses());
       if (fallback == kNone) left = mass;
       if (mass > 0.0 || fallback == kToAll) break;
       note([&] { records[child].fallback = fallback + 1; });
     }
-    const double share = taken < 0.0 ? free_share(group, law) : records[node].share;
+    const double share = taken < 0.0 ? free_share(group, law, tile_masses()) : records[node].share;
     note([&] {
       records[node].reach = next_reach(left, reach);
       records[node].share = share;
@@ -201,8 +205,7 @@ struct Request {
                       records[node].is_touched != 0 ? Domain::kResidual : Domain::kTarget);
     }
     const NodeLaw<T> law = this->law(node);
-    return draw_by_coin(group, law.law.scores.row, law, drawn,
-                        params.tile_masses + b * params.row_tiles);
+    return draw_by_coin(group, law.law.scores.row, law, drawn, tile_masses());
   }
 };
 
@@ -216,7 +219,7 @@ __device__ Outcome try_drafts(const Request<T>& request) {
   int32_t node = 0, status = kOk;
   double reach = 1.0;
   for (bool is_opening = true, is_rejecting = false; is_opening || is_rejecting;) {
-    if (is_opening && !request.open(node, reach)) {
+    if (is_opening && !request.template open<false>(node, reach)) {
       status = kNoFiniteLogit;
       break;
     }
@@ -258,11 +261,13 @@ __device__ double typical_floor(const Request<T>& request, int32_t node) {
   const Scores<T> scores = request.scores(node);
   const float edge = request.records[node].edge;
   const double total = request.records[node].total;
-  double moment = 0.0;  // sum of w log w
+  double* moments = request.tile_masses();  // sums of w log w
+  request.group.sync();                     // all have read what is overwritten
   for (int32_t tile = request.group.first_tile(); tile < scores.row.tiles();
        tile += request.group.tile_step()) {
-    if (!(scores.tile_largest(tile) >= edge)) continue;
-    for (int j = 0; j < Scores<T>::kLoads; ++j) {
+    double moment = 0.0;
+    const bool has_mass = scores.tile_largest(tile) >= edge;
+    for (int j = 0; has_mass && j < Scores<T>::kLoads; ++j) {
       float values[Scores<T>::kVector];
       scores.load(scores.row.first_token(tile, j), edge, values);
 #pragma unroll
@@ -272,8 +277,11 @@ __device__ double typical_floor(const Request<T>& request, int32_t node) {
         if (weight > 0.0) moment += weight * distance;
       }
     }
+    moment = warp_sum(moment);
+    if (this_lane() == 0) moments[tile] = moment;
   }
-  const double entropy = log(total) - request.group.sum(moment) / total;
+  const double moment = sum_tiles(request.group, moments, scores.row.tiles());
+  const double entropy = log(total) - moment / total;
   return fmin(request.params.call.typical_epsilon,
               request.params.call.typical_delta * exp_of(-entropy));
 }
@@ -299,7 +307,7 @@ __device__ Outcome find_typical(const Request<T>& request) {
       if (logprob == logprob) child = request.tree.next_child(node, node, nullptr);
       if (child < 0) continue;
     }
-    if (!request.open(node, 1.0)) return {kNoFiniteLogit, node};
+    if (!request.template open<false>(node, 1.0)) return {kNoFiniteLogit, node};
     if (step == size) break;
     const double floor = typical_floor(request, node);
     const int32_t depth = request.records[node].depth + 1;

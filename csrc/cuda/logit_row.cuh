@@ -1,6 +1,8 @@
-// A row of logits as the filters see it, in tiles of kTile tokens; a warp owns a tile. Tiles begin
-// on 16-byte boundaries, so the first may begin before the row: of rows without gaps all loads are
-// of 16 bytes but those at either end of the row.
+// A row of logits as the filters see it, in tiles of kTile tokens; a warp owns a tile, and a lane
+// the same tokens of it whatever the row's alignment, so that sums do not depend on it. Where a row
+// does not begin on a 16-byte boundary, a lane loads the two aligned vectors that hold its tokens,
+// the second of which the next lane loads too; at the ends of a row, and of rows with gaps, it
+// loads element by element.
 #pragma once
 
 #include "../core/philox.hpp"
@@ -50,6 +52,25 @@ struct RowFilters {
   }
 };
 
+// 16 bytes from byte `begin` of two vectors on; `begin` is even, and below 16.
+__device__ inline uint4 from_byte(uint4 low, uint4 high, size_t begin) {
+  const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  const unsigned skipped = static_cast<unsigned>(begin) / 4;
+  const bool is_odd = begin % 4 != 0;
+  uint32_t taken[5], out[4];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) {
+    taken[i] = words[i];
+#pragma unroll
+    for (unsigned j = 1; j < 4 && i + j < 8; ++j) taken[i] = skipped == j ? words[i + j] : taken[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[i] = is_odd ? taken[i] >> 16 | taken[i + 1] << 16 : taken[i];
+  }
+  return {out[0], out[1], out[2], out[3]};
+}
+
 template <class T>
 struct LogitRow {
   static constexpr int kVector = 16 / sizeof(T);              // tokens of a load
@@ -82,12 +103,11 @@ struct LogitRow {
     temperature = is_sampled ? filters.temperature : 1.0f;
   }
 
-  __device__ int32_t tiles() const { return (vocab + lead + kTile - 1) / kTile; }
-  __device__ int32_t tile_of(int32_t token) const { return (token + lead) / kTile; }
+  __device__ int32_t tiles() const { return (vocab + kTile - 1) / kTile; }
 
   // The first token of this lane's load of a tile.
   __device__ int32_t first_token(int32_t tile, int load) const {
-    return tile * kTile - lead + (load * kWarpSize + this_lane()) * kVector;
+    return tile * kTile + (load * kWarpSize + this_lane()) * kVector;
   }
 
   // What a read logit is worth: with bias and mask, NaN as -inf.
@@ -103,17 +123,30 @@ struct LogitRow {
 
   // Biased logits of the tokens from `first` on; -inf outside of the row.
   __device__ void load(int32_t first, float (&values)[kVector]) const {
-    if (stride == 1 && first >= 0 && first <= vocab - kVector) {
-      const auto vector = load_global(reinterpret_cast<const Vector*>(logits + first));
+    const bool is_vector = stride == 1 && (lead == 0 || first >= lead) &&
+                           first - lead <= vocab - (lead == 0 ? kVector : 2 * kVector);
+    if (is_vector) {
+      const auto* vectors = reinterpret_cast<const uint4*>(logits + first - lead);
+      uint4 words = load_global(vectors);
+      if (lead != 0) words = from_byte(words, load_global(vectors + 1), lead * sizeof(T));
+      const Vector vector = bit_cast<Vector>(words);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) values[i] = biased(to_float(vector.elements[i]), first + i);
-      return;
+      for (int i = 0; i < kVector; ++i) values[i] = to_float(vector.elements[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        values[i] = NAN;
+        if (first + i < vocab) values[i] = to_float(load_global(logits + (first + i) * stride));
+      }
+    }
+    if (bias != nullptr || mask != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if (first + i < vocab) values[i] = biased(values[i], first + i);
+      }
     }
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const bool is_inside = first + i >= 0 && first + i < vocab;
-      values[i] = is_inside ? at(first + i) : -INFINITY;
-    }
+    for (float& value : values) value = value == value ? value : -INFINITY;
   }
 
   // Biased logit over temperature; where the row has +inf, 0 there and -inf elsewhere. Division
@@ -142,27 +175,20 @@ struct Noise {
     }
   }
 
-  // Adds the noise of the tokens from `first` on to their scores. Four tokens share a counter; at
-  // `first` it may be in the middle of one.
+  // Adds the noise of the tokens from `first` on, a multiple of four, to their scores.
   template <int kNum>
   __device__ void add(int32_t first, float (&scores)[kNum]) const {
-    bool is_possible = false;
 #pragma unroll
-    for (int i = 0; i < kNum; ++i) is_possible |= scores[i] > -INFINITY;
-    if (!is_possible) return;
-    uint32_t words[kNum / 4 + 1][4];
+    for (int j = 0; j < kNum / 4; ++j) {
+      bool is_possible = false;
 #pragma unroll
-    for (int j = 0; j <= kNum / 4; ++j) {
-      philox<ScalarLanes>(counter + static_cast<uint32_t>((first >> 2) + j), seed, position, domain,
-                          words[j]);
-    }
-    const int shift = first & 3;
+      for (int i = 0; i < 4; ++i) is_possible |= scores[4 * j + i] > -INFINITY;
+      if (!is_possible) continue;
+      uint32_t words[4];
+      philox<ScalarLanes>(counter + static_cast<uint32_t>(first / 4 + j), seed, position, domain,
+                          words);
 #pragma unroll
-    for (int i = 0; i < kNum; ++i) {
-      uint32_t word = words[i / 4][i % 4];
-#pragma unroll
-      for (int s = 1; s < 4; ++s) word = shift == s ? words[(i + s) / 4][(i + s) % 4] : word;
-      scores[i] += gumbel_of(word);
+      for (int i = 0; i < 4; ++i) scores[4 * j + i] += gumbel_of(words[i]);
     }
   }
 };

@@ -166,36 +166,37 @@ struct NodeLaw {
   }
 };
 
-// The sum of what is left of a law.
-template <class T, class Law>
-__device__ double whole_mass(Group& group, const LogitRow<T>& row, const Law& law) {
-  double mass = 0.0;
-  for (int32_t tile = group.first_tile(); tile < row.tiles(); tile += group.tile_step()) {
-    mass += lane_mass(row, law, tile);
+// The sum of a number of each draft id, tile by tile as in `measure`.
+template <class Mass>
+__device__ double sum_ids(Group& group, int32_t draft_vocab, double* tile_masses, Mass mass_of) {
+  const int32_t tiles = (draft_vocab + kTile - 1) / kTile;
+  group.sync();  // all have read what is overwritten
+  for (int32_t tile = group.first_tile(); tile < tiles; tile += group.tile_step()) {
+    const int32_t end = min((tile + 1) * kTile, draft_vocab);
+    double mass = 0.0;
+    for (int32_t id = tile * kTile + this_lane(); id < end; id += kWarpSize) mass += mass_of(id);
+    mass = warp_sum(mass);
+    if (this_lane() == 0) tile_masses[tile] = mass;
   }
-  return group.sum(mass);
+  return sum_tiles(group, tile_masses, tiles);
 }
 
 // Notes how the draft law of a node becomes masses, once.
 __device__ inline void open_draft_law(Group& group, const Draft& draft, const float* law,
-                                      NodeRecord& record) {
+                                      NodeRecord& record, double* tile_masses) {
   if (record.draft_scale != 0.0) return;
   double largest = 0.0, scale = 1.0;
-  const int32_t step = group.size() * kGroupThreads;
   if (draft.params.is_logits) {
     RankKey key = kNoKey;
     for (int32_t id = group.rank() * kGroupThreads + group.thread(); id < draft.params.draft_vocab;
-         id += step) {
+         id += group.size() * kGroupThreads) {
       key = max(key, rank_key(ranked_score(law[id * draft.params.stride_laws_u]), 0));
     }
     key = group.largest(key);
     largest = static_cast<double>(key == kNoKey ? -INFINITY : score_of(key));
-    double total = 0.0;
-    for (int32_t id = group.rank() * kGroupThreads + group.thread(); id < draft.params.draft_vocab;
-         id += step) {
-      total += draft.id_mass(law, largest, 1.0, id);
-    }
-    scale = 1.0 / fmax(group.sum(total), 1e-300);
+    const double total = sum_ids(group, draft.params.draft_vocab, tile_masses,
+                                 [&](int32_t id) { return draft.id_mass(law, largest, 1.0, id); });
+    scale = 1.0 / fmax(total, 1e-300);
   }
   __syncthreads();
   if (group.is_leader()) {
@@ -217,15 +218,12 @@ __device__ inline bool is_id_taken(const TreeView& tree, const Draft& draft,
 
 // 1 over the mass of a draft law that its children without replacement have not taken.
 template <class T>
-__device__ double free_share(Group& group, const NodeLaw<T>& law) {
-  double mass = 0.0;
-  const int32_t step = group.size() * kGroupThreads;
-  for (int32_t id = group.rank() * kGroupThreads + group.thread();
-       id < law.draft.params.draft_vocab; id += step) {
-    if (is_id_taken(law.tree, law.draft, law.records, law.child, id)) continue;
-    mass += law.draft.id_mass(law.draft_law, law.draft_largest, law.draft_scale, id);
-  }
-  mass = group.sum(mass);
+__device__ double free_share(Group& group, const NodeLaw<T>& law, double* tile_masses) {
+  const double mass = sum_ids(group, law.draft.params.draft_vocab, tile_masses, [&](int32_t id) {
+    const bool is_taken = is_id_taken(law.tree, law.draft, law.records, law.child, id);
+    return is_taken ? 0.0
+                    : law.draft.id_mass(law.draft_law, law.draft_largest, law.draft_scale, id);
+  });
   return mass > 0.0 ? 1.0 / mass : 0.0;
 }
 

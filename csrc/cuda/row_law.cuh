@@ -163,24 +163,7 @@ __device__ RankKey best_key(Group& group, const Scores<T>& scores) {
   return group.block_largest(key);
 }
 
-// The sum of exp(score - largest) over the scores that reach the edge.
-template <class T>
-__device__ double total_weight(Group& group, const Scores<T>& scores, float edge) {
-  double total = 0.0;
-  for (int32_t tile = group.first_tile(); tile < scores.row.tiles(); tile += group.tile_step()) {
-    if (!(scores.tile_largest(tile) >= edge)) continue;
-    float values[Scores<T>::kLoads][Scores<T>::kVector];
-    scores.load_tile(tile, edge, values);
-#pragma unroll
-    for (const auto& load : values) {
-#pragma unroll
-      for (const float value : load) total += scores.weight(value);
-    }
-  }
-  return group.sum(total);
-}
-
-// The same over all finite scores, from the summaries, which hold masses.
+// The sum of exp(score - largest) over all finite scores, from the summaries, which hold masses.
 template <class T>
 __device__ double summed_weight(Group& group, const Scores<T>& scores) {
   double total = 0.0;
@@ -189,6 +172,61 @@ __device__ double summed_weight(Group& group, const Scores<T>& scores) {
     if (largest >= kLowest) total += scores.summaries.masses[tile] * scores.weight(largest);
   }
   return group.block_sum(total);
+}
+
+// The sum of what warps wrote, one number for each tile.
+__device__ inline double sum_tiles(Group& group, const double* tile_masses, int32_t tiles) {
+  group.sync();
+  double total = 0.0;
+  for (int32_t tile = group.thread(); tile < tiles; tile += kGroupThreads) {
+    total += tile_masses[tile];
+  }
+  return group.block_sum(total);
+}
+
+// The law of a row: weights of the scores that reach an edge, times the inverse of their sum. What
+// draws and sums below take has these two members.
+template <class T>
+struct RowLaw {
+  Scores<T> scores;
+  float edge;
+  double inverse;
+
+  __device__ void load(int32_t first, double (&masses)[LogitRow<T>::kVector]) const {
+    float values[LogitRow<T>::kVector];
+    scores.load(first, edge, values);
+#pragma unroll
+    for (int i = 0; i < LogitRow<T>::kVector; ++i) masses[i] = scores.weight(values[i]) * inverse;
+  }
+
+  __device__ bool has_mass(int32_t tile) const { return scores.tile_largest(tile) >= edge; }
+};
+
+// This lane's part of a tile's mass.
+template <class T, class Law>
+__device__ double lane_mass(const LogitRow<T>& row, const Law& law, int32_t tile) {
+  double mass = 0.0;
+  if (!law.has_mass(tile)) return mass;
+  for (int j = 0; j < LogitRow<T>::kLoads; ++j) {
+    double masses[LogitRow<T>::kVector];
+    law.load(row.first_token(tile, j), masses);
+#pragma unroll
+    for (const double each : masses) mass += each;
+  }
+  return mass;
+}
+
+// Writes the mass of each tile, and returns their sum. Tile by tile, so that the sum does not
+// depend on how many blocks share a row. `tile_masses`: [tiles], scratch.
+template <class T, class Law>
+__device__ double measure(Group& group, const LogitRow<T>& row, const Law& law,
+                          double* tile_masses) {
+  group.sync();  // all have read what is overwritten
+  for (int32_t tile = group.first_tile(); tile < row.tiles(); tile += group.tile_step()) {
+    const double mass = warp_sum(lane_mass(row, law, tile));
+    if (this_lane() == 0) tile_masses[tile] = mass;
+  }
+  return sum_tiles(group, tile_masses, row.tiles());
 }
 
 // The lowest x >= edge, in order, such that the scores above x weigh less than the target: tokens,
@@ -254,29 +292,38 @@ __device__ int32_t search(Group& group, const Scores<T>& scores, double target, 
 
 // The score that a token must reach to pass top-k, top-p and min-p. Top-k and top-p keep x unless
 // the tokens above x already weigh as much as their target: k tokens, or top_p of the mass that
-// top-k left. The summaries hold masses if top_p is below 1.
+// top-k left. The summaries hold masses if top_p is below 1 or the sum is wanted.
+//
+// `total` is the sum of exp(score - largest) over what is kept, if `wants_total`, else 0.
 template <class T>
-__device__ float find_edge(Group& group, const Scores<T>& scores, const RowFilters& filters) {
-  int32_t edge = to_order(kLowest);
+__device__ float find_edge(Group& group, const Scores<T>& scores, const RowFilters& filters,
+                           bool wants_total, double* tile_masses, double& total) {
+  const int32_t lowest = to_order(kLowest);
+  int32_t edge = lowest;
+  total = 0.0;
 #pragma unroll 1
-  for (int filter = 0; filter < 2; ++filter) {  // in a loop: one copy of the search
-    const bool is_mass = filter == 1;
-    if (is_mass ? !(filters.top_p < 1.0f) : filters.top_k <= 0) continue;
-    double target = static_cast<double>(filters.top_k);
-    if (is_mass) {
-      const double left = filters.top_k > 0 ? total_weight(group, scores, from_order(edge))
-                                            : summed_weight(group, scores);
-      target = fmax(static_cast<double>(filters.top_p) * left, 1e-300);
+  for (int step = 0; step < 3; ++step) {  // top-k, top-p, total: one copy of search and sum
+    if (step == 2 && filters.min_p > 0.0f && filters.is_sampled()) {
+      const double least =
+          static_cast<double>(scores.largest) + log(static_cast<double>(filters.min_p));
+      const float rounded = static_cast<float>(least);
+      const int32_t reached = to_order(rounded) + (static_cast<double>(rounded) < least ? 1 : 0);
+      edge = max(edge, reached);
     }
-    edge = search(group, scores, target, is_mass, edge);
+    const bool is_needed = step == 2   ? wants_total
+                           : step == 1 ? filters.top_p < 1.0f
+                                       : filters.top_k > 0;
+    if (!is_needed || !filters.is_sampled()) continue;
+    double target = static_cast<double>(filters.top_k);
+    if (step > 0) {
+      total = edge == lowest ? summed_weight(group, scores)
+                             : measure(group, scores.row, RowLaw<T>{scores, from_order(edge), 1.0},
+                                       tile_masses);
+      target = fmax(static_cast<double>(filters.top_p) * total, 1e-300);
+    }
+    if (step < 2) edge = search(group, scores, target, step == 1, edge);
   }
-  if (filters.min_p > 0.0f) {
-    const double least =
-        static_cast<double>(scores.largest) + log(static_cast<double>(filters.min_p));
-    const float rounded = static_cast<float>(least);
-    const int32_t reached = to_order(rounded) + (static_cast<double>(rounded) < least ? 1 : 0);
-    edge = max(edge, reached);
-  }
+  if (!wants_total) total = 0.0;
   return from_order(edge);
 }
 
@@ -313,38 +360,6 @@ __device__ RankKey draw_noisy(Group& group, const Scores<T>& scores, const Noise
     best = max(best, tile_key(scores, &noise, edge, tile, ~RankKey{0}));
   }
   return group.largest(best);
-}
-
-// The law of a row: weights of the scores that reach an edge, times the inverse of their sum. What
-// draws and sums below take has these two members.
-template <class T>
-struct RowLaw {
-  Scores<T> scores;
-  float edge;
-  double inverse;
-
-  __device__ void load(int32_t first, double (&masses)[LogitRow<T>::kVector]) const {
-    float values[LogitRow<T>::kVector];
-    scores.load(first, edge, values);
-#pragma unroll
-    for (int i = 0; i < LogitRow<T>::kVector; ++i) masses[i] = scores.weight(values[i]) * inverse;
-  }
-
-  __device__ bool has_mass(int32_t tile) const { return scores.tile_largest(tile) >= edge; }
-};
-
-// This lane's part of a tile's mass.
-template <class T, class Law>
-__device__ double lane_mass(const LogitRow<T>& row, const Law& law, int32_t tile) {
-  double mass = 0.0;
-  if (!law.has_mass(tile)) return mass;
-  for (int j = 0; j < LogitRow<T>::kLoads; ++j) {
-    double masses[LogitRow<T>::kVector];
-    law.load(row.first_token(tile, j), masses);
-#pragma unroll
-    for (const double each : masses) mass += each;
-  }
-  return mass;
 }
 
 // The sum of a warp's values up to this lane's.
@@ -405,17 +420,10 @@ template <class T, class Law>
 __device__ int32_t draw_by_coin(Group& group, const LogitRow<T>& row, const Law& law, double coin,
                                 double* tile_masses) {
   SPECDEC_SHARED(int32_t, drawn, [1]);
-  group.sync();  // all have read what is overwritten
-  for (int32_t tile = group.first_tile(); tile < row.tiles(); tile += group.tile_step()) {
-    const double mass = warp_sum(lane_mass(row, law, tile));
-    if (this_lane() == 0) tile_masses[tile] = mass;
-  }
-  group.sync();
+  const double whole = measure(group, row, law, tile_masses);
   if (group.thread() < kWarpSize) {
     const int32_t lane = this_lane();
-    double whole = 0.0;
-    for (int32_t tile = lane; tile < row.tiles(); tile += kWarpSize) whole += tile_masses[tile];
-    double target = coin * warp_sum(whole), below = 0.0;
+    double target = coin * whole, below = 0.0;
     int32_t tile = -1, last_tile = 0;
     for (int32_t first = 0; first < row.tiles() && tile < 0; first += kWarpSize) {
       const double mass = first + lane < row.tiles() ? tile_masses[first + lane] : 0.0;

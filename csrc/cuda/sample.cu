@@ -54,7 +54,7 @@ __device__ void draw_many(Group& group, const Scores<T>& scores, const Noise* no
     if (key == kNoKey) continue;
     group.sync();  // all have read the keys
     if (group.rank() == 0 && group.thread() < kWarpSize) {
-      const int32_t tile = scores.row.tile_of(token_of(key));
+      const int32_t tile = token_of(key) / kTile;
       const RankKey next = tile_key(scores, noise, edge, tile, key);
       if (this_lane() == 0) scores.summaries.best[tile] = next;
     }
@@ -76,8 +76,11 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const Summaries summaries = params.summaries.row(r, params.row_tiles);
   if (!params.is_summarized) summarize_row(group, row, wants_mass, summaries);
   const Scores<T> scores = open_row(group, row, summaries);
-  float edge = kLowest;
-  if (filters.has_any() && !scores.is_empty()) edge = find_edge(group, scores, filters);
+  double* tile_masses = params.tile_masses + r * params.row_tiles;
+  double total = 0.0;
+  const float edge = scores.is_empty()
+                         ? kLowest
+                         : find_edge(group, scores, filters, wants_law, tile_masses, total);
   const bool is_fine = !scores.is_empty() && edge <= scores.largest;
   const bool writes = group.rank() == 0 && group.is_leader();
   int64_t* tokens = call.tokens + r * call.num_draws;
@@ -99,7 +102,6 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   } else {
     int32_t token;
     if (is_coin) {
-      double* tile_masses = params.tile_masses + r * params.row_tiles;
       token = draw_by_coin(group, row, RowLaw<T>{scores, edge, 1.0}, call.coins[r], tile_masses);
     } else if (has_keys) {
       token = token_of(best_key(group, scores));
@@ -108,10 +110,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     }
     if (writes) tokens[0] = token;
   }
-  if (!wants_law) return;
-  const double total =
-      edge == kLowest ? summed_weight(group, scores) : total_weight(group, scores, edge);
-  if (writes) params.laws[r] = {total, scores.largest, edge, scores.is_infinite};
+  if (writes && wants_law) params.laws[r] = {total, scores.largest, edge, scores.is_infinite};
 }
 
 // A warp owns a tile.
@@ -141,7 +140,7 @@ __global__ void __launch_bounds__(kGroupThreads)
     if (is_fine && row.is_sampled) law.load(first, masses);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      if (first + i < 0 || first + i >= row.vocab) continue;
+      if (first + i >= row.vocab) continue;
       if (is_fine && !row.is_sampled) masses[i] = first + i == token ? 1.0 : 0.0;
       store_global(probs + first + i, static_cast<float>(masses[i]));
     }
@@ -152,10 +151,10 @@ DrawParams plan(const SampleParams& call, Scratch& scratch) {
   DrawParams params{};
   const int64_t rows = call.sampling.batch;
   params.call = call;
-  params.row_tiles = row_tiles(call.sampling);
+  params.row_tiles = num_tiles(call.sampling.vocab);
   params.summaries = take_summaries(scratch, rows * params.row_tiles);
   params.exchange = scratch.take<uint64_t>(rows * (kExchangeBytes / 8));
-  params.tile_masses = scratch.take<double>(call.coins != nullptr ? rows * params.row_tiles : 0);
+  params.tile_masses = scratch.take<double>(rows * params.row_tiles);
   params.laws = scratch.take<DrawnLaw>(rows);
   params.is_summarized = rows < num_processors();
   return params;

@@ -17,10 +17,8 @@ struct SummarizeParams {
   bool wants_masses;  // of all sampled rows; else of those with top-p
 };
 
-// Tiles of a row at most: one that begins after a 16-byte boundary may reach into one more.
-inline int32_t row_tiles(const SamplingParams& params) {
-  const int64_t covered = int64_t{params.vocab} + 16 / element_bytes(params.dtype) - 1;
-  return static_cast<int32_t>((covered + kTile - 1) / kTile);
+inline int32_t num_tiles(int32_t tokens) {
+  return static_cast<int32_t>((int64_t{tokens} + kTile - 1) / kTile);
 }
 
 // Scratch of a launch, carved from one allocation.

@@ -9,6 +9,8 @@
 // filters, masses or noise must see, from L2.
 //
 // The delicate steps are noise and masses: row_law.cuh, node_laws.cuh.
+#include <algorithm>
+
 #include "acceptance.cuh"
 #include "summaries.cuh"
 #include "verify_outputs.cuh"
@@ -18,31 +20,32 @@ namespace {
 
 constexpr int64_t kRowsPerProcessor = 4;  // that are summarised ahead, unmeasured
 
-// Draws the target's token at a node and follows it while it is a drafted child; greedy requests
+// Draws the target's token at a node and follows it while it is a drafted child. Greedy requests
 // follow the argmax under every rule.
-template <class T>
+template <bool kIsGreedy, class T>
 __device__ Outcome walk(const Request<T>& request, int32_t& token) {
   const VerifyParams& call = request.params.call;
-  const RowFilters& filters = request.filters;
-  const bool is_coin = call.coins != nullptr && filters.is_sampled();
+  const bool is_sampled = !kIsGreedy && request.filters.is_sampled();
+  const bool is_coin = is_sampled && call.coins != nullptr;
   const bool has_keys =
-      !filters.is_sampled() || (request.params.is_summarized && !filters.has_any() && !is_coin);
+      !is_sampled || (request.params.is_summarized && !request.filters.has_any() && !is_coin);
   int32_t node = 0;
 #pragma unroll 1
   for (int32_t offset = 1;; ++offset) {
     token = 0;
-    if (!request.open(node, 1.0)) return {kNoFiniteLogit, node};
+    if (!request.template open<kIsGreedy>(node, 1.0)) return {kNoFiniteLogit, node};
     const Scores<T> scores = request.scores(node);
-    const float edge = request.records[node].edge;
     if (has_keys) {
       token = token_of(best_key(request.group, scores));
-    } else if (is_coin) {
-      token =
-          draw_by_coin(request.group, scores.row, RowLaw<T>{scores, edge, 1.0}, request.coin(node),
-                       request.params.tile_masses + request.b * request.params.row_tiles);
-    } else {
-      const Noise noise(call.sampling, request.b, offset);
-      token = token_of(draw_noisy(request.group, scores, noise, edge));
+    } else if constexpr (!kIsGreedy) {
+      const float edge = request.records[node].edge;
+      if (is_coin) {
+        token = draw_by_coin(request.group, scores.row, RowLaw<T>{scores, edge, 1.0},
+                             request.coin(node), request.tile_masses());
+      } else {
+        const Noise noise(call.sampling, request.b, offset);
+        token = token_of(draw_noisy(request.group, scores, noise, edge));
+      }
     }
     const int64_t wanted = token;
     const int32_t child = request.tree.next_child(node, node, &wanted);
@@ -51,9 +54,9 @@ __device__ Outcome walk(const Request<T>& request, int32_t& token) {
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kGroupThreads, 1)
-    decide_kernel(const __grid_constant__ DecideParams params) {
+// `decide` -> the outcome and the next token of a request that is not idle.
+template <class T, class Decide>
+__device__ void run(const DecideParams& params, Decide decide) {
   const VerifyParams& call = params.call;
   const int64_t b = blockIdx.x / cluster_size();
   Group group(params.exchange + b * (kExchangeBytes / 8));
@@ -68,12 +71,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   Outcome outcome{kOk, 0};
   int32_t token = -1, depth = -1;
   if (request.tree.size > 0) {
-    if (call.rule == Rule::kWalk || !request.filters.is_sampled()) {
-      outcome = walk(request, token);
-    } else {
-      outcome = call.rule == Rule::kTypical ? find_typical(request) : try_drafts(request);
-      token = outcome.status == kOk ? request.draw_next(outcome.node) : 0;
-    }
+    outcome = decide(request, token);
     depth = request.tree.depth(outcome.node);
   }
   if (!is_first) return;
@@ -87,6 +85,35 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   call.num_accepted[b] = max(depth, 0);
   call.next_tokens[b] = token;
   call.status[b] = outcome.status;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    walk_kernel(const __grid_constant__ DecideParams params) {
+  run<T>(params,
+         [](const Request<T>& request, int32_t& token) { return walk<false>(request, token); });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    test_kernel(const __grid_constant__ DecideParams params) {
+  run<T>(params, [](const Request<T>& request, int32_t& token) {
+    if (!request.filters.is_sampled()) return walk<true>(request, token);
+    const Outcome outcome = try_drafts(request);
+    token = outcome.status == kOk ? request.draw_next(outcome.node) : 0;
+    return outcome;
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    typical_kernel(const __grid_constant__ DecideParams params) {
+  run<T>(params, [](const Request<T>& request, int32_t& token) {
+    if (!request.filters.is_sampled()) return walk<true>(request, token);
+    const Outcome outcome = find_typical(request);
+    token = outcome.status == kOk ? request.draw_next(outcome.node) : 0;
+    return outcome;
+  });
 }
 
 struct MapParams {
@@ -128,11 +155,12 @@ DecideParams plan(const VerifyParams& call, Scratch& scratch) {
   DecideParams params{};
   const int64_t batch = call.sampling.batch, rows = batch * call.nodes;
   params.call = call;
-  params.row_tiles = row_tiles(call.sampling);
+  params.row_tiles = num_tiles(call.sampling.vocab);
   params.blocks = static_cast<int32_t>(group_blocks(batch));
   params.summaries = take_summaries(scratch, rows * params.row_tiles);
   params.exchange = scratch.take<uint64_t>(batch * (kExchangeBytes / 8));
-  params.tile_masses = scratch.take<double>(batch * params.row_tiles);
+  params.mass_tiles = std::max(params.row_tiles, num_tiles(call.draft.draft_vocab));
+  params.tile_masses = scratch.take<double>(batch * params.mass_tiles);
   params.records = scratch.take<NodeRecord>(rows * params.blocks);
   if (call.draft.offsets != nullptr) {
     params.draft_ids = scratch.take<int32_t>(call.sampling.vocab);
@@ -174,9 +202,12 @@ void verify(const VerifyParams& call, void* memory, Stream stream) {
   }
   const unsigned blocks = static_cast<unsigned>(params.blocks);
   with_dtype(sampling.dtype, [&](auto element) {
-    launch_clusters("verify", decide_kernel<decltype(element)>,
-                    dim3(static_cast<unsigned>(sampling.batch) * blocks), kGroupThreads, blocks,
-                    stream, params);
+    using T = decltype(element);
+    const auto kernel = call.rule == Rule::kWalk      ? walk_kernel<T>
+                        : call.rule == Rule::kTypical ? typical_kernel<T>
+                                                      : test_kernel<T>;
+    launch_clusters("verify", kernel, dim3(static_cast<unsigned>(sampling.batch) * blocks),
+                    kGroupThreads, blocks, stream, params);
   });
   if (call.logprobs != nullptr && call.nodes > 0) score_path(params, stream);
   if (call.next_law != nullptr) write_law(params, stream);

@@ -65,7 +65,9 @@ __global__ void __launch_bounds__(kGroupThreads)
       const bool is_token = token >= 0 && token < row.vocab;
       const float value = is_token ? scores.score(row.at(static_cast<int32_t>(token))) : -INFINITY;
       const double total =
-          record.total > 0.0 ? record.total : total_weight(group, scores, record.edge);
+          record.total > 0.0
+              ? record.total
+              : measure(group, row, RowLaw<T>{scores, record.edge, 1.0}, summaries.masses);
       logprob = value >= record.edge
                     ? static_cast<double>(value) - static_cast<double>(scores.largest) - log(total)
                     : -static_cast<double>(INFINITY);
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(kGroupThreads)
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      if (first + i < 0 || first + i >= row.vocab) continue;
+      if (first + i >= row.vocab) continue;
       if (is_fine && !row.is_sampled) masses[i] = first + i == call.next_tokens[b] ? 1.0 : 0.0;
       store_global(next_law + first + i, masses[i]);
     }
