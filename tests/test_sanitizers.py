@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("sanitizers")  # one worker builds for all
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cmake"
 TOOLS = ("address", "thread")
-OPERATORS = ("tree_mask", "write_kv", "commit", "topk_logprobs")
+OPERATORS = ("tree_mask", "write_kv", "commit", "topk_logprobs", "sample", "verify")
 
 FAULTS = [
     # planted fault, tool, what is reported
@@ -47,10 +47,23 @@ FAULTS = [
         r"__shfl_sync: .* in __any_sync|__any_sync: .* in __s",
     ),
     ("warp_waits_for_a_barrier", "address", r"deadlock: 64 threads never finish"),
+    ("missing_cluster_barrier", "thread", r"data race(?s:.)*cluster_exchange<false>"),
+    ("divergent_cluster_barrier", "address", r"cluster barrier diverges: other threads wait at"),
+    (
+        "block_ended_before_a_cluster_barrier",
+        "address",
+        r"cluster barrier after threads of the cluster ended|others wait in a cluster barrier",
+    ),
     ("too_much_shared_memory", "address", r"50176 bytes of shared memory, of which 49152 are"),
 ]
 
-SOUND = {"with_barrier": 2016, "with_warp_barrier": 2016, "pipeline": 32640, "last_block": 56}
+SOUND = {
+    "with_barrier": 2016,
+    "with_warp_barrier": 2016,
+    "pipeline": 32640,
+    "last_block": 56,
+    "cluster_exchange": 12,
+}
 """Kernels without a fault -> the sum of what they compute."""
 
 

@@ -86,7 +86,8 @@ SPECDEC_HD typename Lanes::Float rounded_log(typename Lanes::Float x) {
 SPECDEC_HD double uniform(int64_t seed, int64_t position, uint32_t index, Domain domain) {
   uint32_t bits[4];
   philox<ScalarLanes>(index / 2, seed, position, static_cast<uint32_t>(domain), bits);
-  const uint32_t high = bits[index % 2 * 2], low = bits[index % 2 * 2 + 1];
+  const bool is_even = index % 2 == 0;  // not an index: registers have none
+  const uint32_t high = is_even ? bits[0] : bits[2], low = is_even ? bits[1] : bits[3];
   const uint64_t both = (static_cast<uint64_t>(high >> 5) << 26) + (low >> 6);
   return static_cast<double>(both) * 0x1p-53;
 }

@@ -267,6 +267,7 @@ __device__ double typical_floor(const Request<T>& request, int32_t node) {
        tile += request.group.tile_step()) {
     double moment = 0.0;
     const bool has_mass = scores.tile_largest(tile) >= edge;
+#pragma unroll 1
     for (int j = 0; has_mass && j < Scores<T>::kLoads; ++j) {
       float values[Scores<T>::kVector];
       scores.load(scores.row.first_token(tile, j), edge, values);

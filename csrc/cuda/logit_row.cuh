@@ -71,6 +71,7 @@ __device__ inline uint4 from_byte(uint4 low, uint4 high, size_t begin) {
   return {out[0], out[1], out[2], out[3]};
 }
 
+// T is float, or uint16_t for both formats of 16 bits: they share kernels, which are large.
 template <class T>
 struct LogitRow {
   static constexpr int kVector = 16 / sizeof(T);              // tokens of a load
@@ -86,7 +87,7 @@ struct LogitRow {
   int32_t vocab;
   int32_t lead;       // elements by which the row begins after a 16-byte boundary
   float temperature;  // 1 for a greedy request
-  bool is_sampled;
+  bool is_sampled, is_half;
 
   __device__ LogitRow(const SamplingParams& params, int64_t b, int64_t node)
       : logits(static_cast<const T*>(params.logits) + b * params.stride_logits_b +
@@ -100,6 +101,7 @@ struct LogitRow {
         lead(static_cast<int32_t>(reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T))) {
     const RowFilters filters(params, b);
     is_sampled = filters.is_sampled();
+    is_half = params.dtype == DType::kFloat16;
     temperature = is_sampled ? filters.temperature : 1.0f;
   }
 
@@ -117,8 +119,16 @@ struct LogitRow {
     return logit == logit ? logit : -INFINITY;
   }
 
+  __device__ float widened(T element) const {
+    if constexpr (sizeof(T) == 4) {
+      return element;
+    } else {
+      return is_half ? to_float(Half{element}) : to_float(Bfloat16{element});
+    }
+  }
+
   __device__ float at(int32_t token) const {
-    return biased(to_float(load_global(logits + token * stride)), token);
+    return biased(widened(load_global(logits + token * stride)), token);
   }
 
   // Biased logits of the tokens from `first` on; -inf outside of the row.
@@ -131,12 +141,12 @@ struct LogitRow {
       if (lead != 0) words = from_byte(words, load_global(vectors + 1), lead * sizeof(T));
       const Vector vector = bit_cast<Vector>(words);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) values[i] = to_float(vector.elements[i]);
+      for (int i = 0; i < kVector; ++i) values[i] = widened(vector.elements[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         values[i] = NAN;
-        if (first + i < vocab) values[i] = to_float(load_global(logits + (first + i) * stride));
+        if (first + i < vocab) values[i] = widened(load_global(logits + (first + i) * stride));
       }
     }
     if (bias != nullptr || mask != nullptr) {
@@ -192,5 +202,11 @@ struct Noise {
     }
   }
 };
+
+// Calls `function` with a value of the type that LogitRow takes.
+template <class Function>
+void with_element(DType dtype, Function function) {
+  dtype == DType::kFloat32 ? function(float{}) : function(uint16_t{});
+}
 
 }  // namespace specdec::cuda

@@ -207,6 +207,7 @@ template <class T, class Law>
 __device__ double lane_mass(const LogitRow<T>& row, const Law& law, int32_t tile) {
   double mass = 0.0;
   if (!law.has_mass(tile)) return mass;
+#pragma unroll 1
   for (int j = 0; j < LogitRow<T>::kLoads; ++j) {
     double masses[LogitRow<T>::kVector];
     law.load(row.first_token(tile, j), masses);
@@ -332,6 +333,7 @@ template <class T>
 __device__ RankKey tile_key(const Scores<T>& scores, const Noise* noise, float edge, int32_t tile,
                             RankKey after) {
   RankKey best = kNoKey;
+#pragma unroll 1
   for (int j = 0; j < Scores<T>::kLoads; ++j) {
     const int32_t first = scores.row.first_token(tile, j);
     float values[Scores<T>::kVector];
@@ -390,6 +392,7 @@ template <class T, class Law>
 __device__ int32_t draw_in_tile(const LogitRow<T>& row, const Law& law, int32_t tile, double target,
                                 double below) {
   int32_t drawn = 0;
+#pragma unroll 1
   for (int j = 0; j < LogitRow<T>::kLoads; ++j) {
     const int32_t first = row.first_token(tile, j);
     double masses[LogitRow<T>::kVector];

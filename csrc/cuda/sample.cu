@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(kGroupThreads)
     scores.is_infinite = drawn.is_infinite != 0;
     law = {scores, drawn.edge, 1.0 / drawn.total};
   }
+#pragma unroll 1
   for (int j = 0; j < LogitRow<T>::kLoads; ++j) {
     const int32_t first = row.first_token(tile, j);
     double masses[kVector] = {};
@@ -186,7 +187,7 @@ void sample(const SampleParams& call, void* memory, Stream stream) {
   const unsigned blocks = group_blocks(rows);
   const dim3 tiles(static_cast<unsigned>(rows),
                    static_cast<unsigned>((params.row_tiles + kGroupWarps - 1) / kGroupWarps));
-  with_dtype(call.sampling.dtype, [&](auto element) {
+  with_element(call.sampling.dtype, [&](auto element) {
     using T = decltype(element);
     launch_clusters("sample", draw_kernel<T>, dim3(static_cast<unsigned>(rows) * blocks),
                     kGroupThreads, blocks, stream, params);

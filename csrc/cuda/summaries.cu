@@ -50,7 +50,7 @@ void summarize_rows(const char* op, const SummarizeParams& params, Stream stream
   const unsigned rows = static_cast<unsigned>(params.sampling.batch * params.nodes);
   const unsigned blocks =
       (static_cast<unsigned>(params.row_tiles) + kTilesPerBlock - 1) / kTilesPerBlock;
-  with_dtype(params.sampling.dtype, [&](auto element) {
+  with_element(params.sampling.dtype, [&](auto element) {
     launch(op, summarize_kernel<decltype(element)>, dim3(rows, blocks), kBlockThreads, 0, stream,
            params);
   });

@@ -201,7 +201,7 @@ void verify(const VerifyParams& call, void* memory, Stream stream) {
     summarize_rows("verify", summarize, stream);
   }
   const unsigned blocks = static_cast<unsigned>(params.blocks);
-  with_dtype(sampling.dtype, [&](auto element) {
+  with_element(sampling.dtype, [&](auto element) {
     using T = decltype(element);
     const auto kernel = call.rule == Rule::kWalk      ? walk_kernel<T>
                         : call.rule == Rule::kTypical ? typical_kernel<T>

@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(kGroupThreads)
   const TreeView tree(call, b);
   const Draft draft{call.draft, b, b * call.nodes};
   double* next_law = call.next_law + b * row.vocab;
+#pragma unroll 1
   for (int j = 0; j < LogitRow<T>::kLoads; ++j) {
     const int32_t first = row.first_token(tile, j);
     double masses[kVector] = {};
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kGroupThreads)
 
 void score_path(const DecideParams& params, Stream stream) {
   const SamplingParams& sampling = params.call.sampling;
-  with_dtype(sampling.dtype, [&](auto element) {
+  with_element(sampling.dtype, [&](auto element) {
     launch("verify", score_path_kernel<decltype(element)>,
            dim3(static_cast<unsigned>(sampling.batch * params.call.nodes)), kGroupThreads, 0,
            stream, params);
@@ -128,7 +129,7 @@ void write_law(const DecideParams& params, Stream stream) {
   const SamplingParams& sampling = params.call.sampling;
   const dim3 grid(static_cast<unsigned>(sampling.batch),
                   static_cast<unsigned>((params.row_tiles + kGroupWarps - 1) / kGroupWarps));
-  with_dtype(sampling.dtype, [&](auto element) {
+  with_element(sampling.dtype, [&](auto element) {
     launch("verify", write_law_kernel<decltype(element)>, grid, kGroupThreads, 0, stream, params);
   });
 }

@@ -2,6 +2,7 @@
 // allocation of its own and of its exact size. What they compute is checked elsewhere.
 //
 //   sanitized_<tool> NAME ORDER    NAME is an operator or a planted fault
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -9,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/arguments.hpp"
+#include "../../csrc/accept_arguments.hpp"
 #include "../../csrc/cuda/kernels.hpp"
 #include "../../csrc/emu/machine.hpp"
 #include "planted.hpp"
@@ -133,16 +134,126 @@ void run_topk_logprobs() {
   }
 }
 
+template <class T>
+Array numbers(const std::vector<T>& values) {
+  return std::move(
+      Array(DType::kFloat32, sizeof(T), {static_cast<int64_t>(values.size())}, 0).fill(values));
+}
+
+// Rows that are greedy, without filters, and with each; odd vocabularies, so that most begin
+// anywhere. Summarised ahead and not, by blocks and by clusters.
+struct Filters {
+  Array seeds = numbers<int64_t>({1, 2, 3, 4, 5}), positions = numbers<int64_t>({9, 8, 7, 6, 5}),
+        temperature = numbers<float>({0.0f, 0.7f, 1.0f, 1.3f, 1.0f}),
+        top_k = numbers<int32_t>({0, 0, 7, 0, 40}),
+        top_p = numbers<float>({1.0f, 1.0f, 1.0f, 0.6f, 0.9f}),
+        min_p = numbers<float>({0.0f, 0.0f, 0.0f, 0.01f, 0.0f});
+
+  SamplingParams params(const TensorView& logits, int last, const OptionalView& bias) const {
+    return sampling_params<TensorView>(logits, last, logits.dtype, seeds, positions, temperature,
+                                       top_k, top_p, min_p, bias, std::nullopt, std::nullopt,
+                                       Domain::kTarget);
+  }
+};
+
+void on_devices(const std::function<void()>& run) {
+  for (const emu::Device device : {emu::Device{16, 2}, emu::Device{1, 1}}) {
+    emu::device = device;
+    run();
+  }
+}
+
+void run_sample() {
+  const Filters filters;
+  const Array coins = numbers<double>({0.5, 0.1, 0.9, 0.0, 0.7});
+  on_devices([&] {
+    for (const DType dtype : {DType::kFloat32, DType::kBfloat16}) {
+      const Array logits = floats(dtype, {5, 1031}), bias = floats(DType::kFloat32, {5, 1031});
+      for (const int32_t num_draws : {0, 1, 3}) {  // 0: one, by coin
+        const int32_t num = std::max(num_draws, 1);
+        const Array tokens = longs({5, num}), status = ints({5}, {0, 0, 0, 0, 0});
+        const Array probs = floats(DType::kFloat32, {5, 1031});
+        SampleParams params{};
+        params.sampling = filters.params(logits, 1, num > 1 ? bias : OptionalView());
+        params.coins = num_draws == 0 ? pointer<double>(OptionalView(coins)) : nullptr;
+        params.tokens = static_cast<const TensorView&>(tokens).as<int64_t>();
+        params.status = static_cast<const TensorView&>(status).as<int32_t>();
+        params.probs = static_cast<const TensorView&>(probs).as<float>();
+        params.num_draws = num;
+        const auto scratch = std::make_unique<unsigned char[]>(cuda::sample_scratch_bytes(params));
+        cuda::sample(params, scratch.get(), nullptr);
+      }
+    }
+  });
+}
+
+// Trees of a root, two children of it and one of the first, drafted from laws over 401 ids.
+void run_verify() {
+  const Filters filters;
+  constexpr int64_t kNodes = 4, kVocab = 517, kDraft = 401;
+  std::vector<int32_t> parents, rows;
+  std::vector<int64_t> tokens, offsets;
+  std::vector<int8_t> kinds;
+  std::vector<double> coins;
+  for (int64_t b = 0; b < 5; ++b) {
+    for (int32_t i = 0; i < kNodes; ++i) {
+      parents.push_back(i == 0 ? -1 : (i - 1) / 2);
+      rows.push_back(i % 2);
+      tokens.push_back(60 * i + b);
+      kinds.push_back(static_cast<int8_t>(b % 3));
+      coins.push_back(b == 4 ? 0.0 : 0.3 * i);
+    }
+  }
+  for (int64_t i = 0; i < kDraft; ++i) offsets.push_back(i / 4);
+  const auto tree = [](auto values) {
+    using T = typename decltype(values)::value_type;
+    return std::move(Array(DType::kFloat32, sizeof(T), {5, kNodes}, 0).fill(values));
+  };
+  const Array tree_tokens = tree(tokens), tree_parents = tree(parents), tree_rows = tree(rows);
+  const Array tree_kinds = tree(kinds), tree_coins = tree(coins);
+  const Array sizes = numbers<int32_t>({4, 4, 4, 0, 4}), map = numbers(offsets);
+  const Array laws = floats(DType::kFloat32, {5, 2, kDraft}, 3);
+  on_devices([&] {
+    for (const Rule rule : {Rule::kWalk, Rule::kToken, Rule::kTraversal, Rule::kTypical}) {
+      const Array logits = floats(DType::kBfloat16, {5, kNodes, kVocab});
+      const bool has_coins = rule == Rule::kToken || rule == Rule::kWalk;
+      VerifyParams params = tree_params<TensorView>(
+          filters.params(logits, 2, std::nullopt), tree_tokens, tree_parents, sizes,
+          has_coins ? OptionalView(tree_coins) : OptionalView(), rule, 0.09, 0.3);
+      if (rule == Rule::kToken || rule == Rule::kTraversal) {
+        params.draft = draft_params<TensorView>(tree_kinds, tree_rows, laws,
+                                                rule == Rule::kTraversal, nullptr);
+        params.draft.offsets = static_cast<const TensorView&>(map).as<int64_t>();
+      }
+      const Array path = tree(parents), accepted = ints({5}, {0, 0, 0, 0, 0});
+      const Array next = longs({5}), status = ints({5}, {0, 0, 0, 0, 0});
+      const Array logprobs = floats(DType::kFloat32, {5, kNodes}), margins = tree(parents);
+      const Array thresholds = tree(coins), law = longs({5, kVocab});
+      const auto data = [](const Array& array) {
+        return static_cast<const TensorView&>(array).data;
+      };
+      params.path = static_cast<int32_t*>(data(path));
+      params.num_accepted = static_cast<int32_t*>(data(accepted));
+      params.next_tokens = static_cast<int64_t*>(data(next));
+      params.status = static_cast<int32_t*>(data(status));
+      params.logprobs = static_cast<float*>(data(logprobs));
+      params.margins = static_cast<float*>(data(margins));
+      params.thresholds = static_cast<double*>(data(thresholds));
+      params.next_law = static_cast<double*>(data(law));
+      const auto scratch = std::make_unique<unsigned char[]>(cuda::verify_scratch_bytes(params));
+      cuda::verify(params, scratch.get(), nullptr);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace specdec
 
 int main(int argc, char** argv) {
   using namespace specdec;
   std::map<std::string, std::function<void()>> runs{
-      {"tree_mask", run_tree_mask},
-      {"write_kv", run_write_kv},
-      {"commit", run_commit},
-      {"topk_logprobs", run_topk_logprobs},
+      {"tree_mask", run_tree_mask},         {"write_kv", run_write_kv}, {"commit", run_commit},
+      {"topk_logprobs", run_topk_logprobs}, {"sample", run_sample},     {"verify", run_verify},
   };
   for (const auto& [name, run] : planted_faults()) runs.emplace(name, run);
   const auto run = runs.find(argc == 3 ? argv[1] : "");

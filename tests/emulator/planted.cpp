@@ -179,16 +179,45 @@ __global__ void warp_waits_for_a_barrier(Buffers b) {
   b.out[thread()] = 1;
 }
 
+// Blocks of a cluster pass numbers around, through global memory.
+template <bool kWaits>
+__global__ void cluster_exchange(Buffers b) {
+  const unsigned rank = cluster_rank(), next = (rank + 1) % cluster_size();
+  const unsigned first = blockIdx.x - rank;
+  if (thread() == 0) b.out[blockIdx.x] = b.in[rank + 1];
+  if (kWaits) cluster_sync();
+  if (thread() == 0) b.out[8 + blockIdx.x] = b.out[first + next];
+}
+
+__global__ void divergent_cluster_barrier(Buffers b) {
+  if (thread() < 32) {
+    cluster_sync();
+  } else {
+    b.out[thread()] = 1;
+    cluster_sync();
+  }
+}
+
+__global__ void block_ended_before_a_cluster_barrier(Buffers b) {
+  if (cluster_rank() == 1) return;
+  cluster_sync();
+  b.out[thread()] = 1;
+}
+
 // Prints a sum of what came out, as the reader of a wrong result would see it.
 std::function<void()> run(const char* name, void (*kernel)(Buffers), unsigned blocks = 1,
-                          size_t dynamic_shared = 0) {
+                          size_t dynamic_shared = 0, unsigned cluster = 1) {
   return [=] {
     const auto out = std::make_unique<int32_t[]>(kThreads);
     const auto in = std::make_unique<int32_t[]>(4 * kThreads);
     for (int32_t i = 0; i < 4 * kThreads; ++i) in[i] = i;
     int32_t counter = 0;
-    launch(name, kernel, dim3(blocks), kThreads, dynamic_shared, nullptr,
-           Buffers{out.get(), in.get(), &counter});
+    const Buffers buffers{out.get(), in.get(), &counter};
+    if (cluster > 1) {
+      launch_clusters(name, kernel, dim3(blocks), kThreads, cluster, nullptr, buffers);
+    } else {
+      launch(name, kernel, dim3(blocks), kThreads, dynamic_shared, nullptr, buffers);
+    }
     int64_t sum = 0;
     for (int32_t i = 0; i < kThreads; ++i) sum += out[i];
     std::printf("sum %ld\n", sum);
@@ -228,6 +257,10 @@ std::map<std::string, std::function<void()>> planted_faults() {
       SPECDEC_PLANTED(missing_lanes),
       SPECDEC_PLANTED(different_warp_operations),
       SPECDEC_PLANTED(warp_waits_for_a_barrier),
+      {"cluster_exchange", run("cluster_exchange", cluster_exchange<true>, 4, 0, 2)},
+      {"missing_cluster_barrier", run("missing_cluster_barrier", cluster_exchange<false>, 4, 0, 2)},
+      SPECDEC_PLANTED(divergent_cluster_barrier, 2, 0, 2),
+      SPECDEC_PLANTED(block_ended_before_a_cluster_barrier, 2, 0, 2),
       {"too_much_shared_memory", run("too_much_shared_memory", with_barrier, 1, 49 << 10)},
   };
 #undef SPECDEC_PLANTED

@@ -1,0 +1,303 @@
+"""What the generic suite does not show of the CUDA kernels of `sample` and `verify`: exact laws,
+every plan and alignment alike, what a device does with contents that the host would refuse, how
+often logits are read, and mistakes planted in their sources.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cuda_emulated
+import pytest
+import torch
+from torch import Tensor
+
+from specdec_kernels.registry import OPS
+from specdec_kernels.testing import exact_law, random_speculation, target_law
+
+BACKEND = cuda_emulated.BACKEND
+PLANS = [(16, 2), (1, 1), (64, 8)]
+"""Processors of the GPU that is pretended and its largest cluster: rows are summarised ahead or as
+they are visited, and shared by 1 to 8 blocks.
+"""
+TESTING_RULES = ("token", "block", "traversal", "gd_traversal")
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    yield
+    cuda_emulated.emulated.set_device(*PLANS[0])
+
+
+def _on_every_plan(name: str, **inputs: Any) -> list[tuple[Tensor, ...]]:
+    answers = []
+    for plan in PLANS:
+        cuda_emulated.emulated.set_device(*plan)
+        answers.append(OPS[name](**inputs, backend=BACKEND))
+    return answers
+
+
+def _assert_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+LAWS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "walk": ("walk", (-1, 0, 0), (0, 0, 0), {}),
+    "token-mixed": ("token", (-1, 0, 0), (0, 1, 0), {}),
+    "token-filtered": ("token", (-1, 0, 0), (0, 2, 2), {"temperature": 1.5, "top_k": 2}),
+    "block": ("block", (-1, 0, 1), (0, 1, 1), {}),
+    "traversal-top-p": ("traversal", (-1, 0, 1), (0, 1, 1), {"top_p": 0.7}),
+    "gd_traversal": ("gd_traversal", (-1, 0, 0), (0, 2, 0), {"min_p": 0.1}),
+}
+
+
+@pytest.mark.parametrize(("rule", "parents", "kinds", "filters"), LAWS.values(), ids=LAWS)
+def test_the_law_of_what_a_rule_emits_is_the_target_s(
+    rule: str, parents: tuple[int, ...], kinds: tuple[int, ...], filters: dict[str, Any]
+) -> None:
+    case = random_speculation(parents, kinds, 3, 2, has_zeros=False, **filters)
+    got = exact_law(case, rule=rule, backend=BACKEND)
+    want = target_law(case, rule=rule, backend="reference")
+    assert float((got - want).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("rule", ["walk", *TESTING_RULES, "typical"])
+def test_every_plan_of_verify_gives_the_same_bits(rule: str) -> None:
+    inputs = OPS["verify"].inputs(B=3, N=6, V=1301, rule=rule, seed=11)
+    inputs["return_law"] = inputs["return_logprobs"] = True
+    first, *others = _on_every_plan("verify", **inputs)
+    for other in others:
+        _assert_same(other, first)
+    for mine, theirs in zip(first[:4], OPS["verify"](**inputs, backend="reference"), strict=False):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+def test_every_plan_of_sample_gives_the_same_bits(draws: int) -> None:
+    inputs = OPS["sample"].inputs(R=7, V=1301, draws=draws, seed=11)
+    inputs["return_probs"] = True
+    first, *others = _on_every_plan("sample", **inputs)
+    for other in others:
+        _assert_same(other, first)
+    assert torch.equal(first[0], OPS["sample"](**inputs, backend="reference")[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_at_every_alignment_have_the_same_law(dtype: torch.dtype) -> None:
+    """And the row ends where its memory does, so that nothing beyond can be read unseen."""
+    inputs = OPS["sample"].inputs(R=1, V=1301, seed=5)
+    logits = inputs.pop("logits").to(dtype).contiguous()
+    inputs |= {"temperature": torch.ones(1), "top_p": torch.full((1,), 0.9), "return_probs": True}
+    answers = []
+    for offset in range(16 // logits.element_size() + 1):
+        memory = torch.full((1301 + offset,), 99.0, dtype=dtype)
+        memory[offset:] = logits[0]
+        answers.append(OPS["sample"](memory[offset:][None], **inputs, backend=BACKEND))
+    for answer in answers[1:]:
+        _assert_same(answer, answers[0])
+
+
+def test_filters_keep_what_the_reference_keeps() -> None:
+    """Ties at the edge, one distinct score, steep and flat rows, every size of top-k."""
+    generator = torch.Generator().manual_seed(2)
+    steep = torch.randn((4, 600), generator=generator) * 20
+    flat = torch.randn((4, 600), generator=generator) * 1e-3
+    ties = torch.randint(-3, 4, (8, 600), generator=generator).float()
+    wide = torch.randn((4, 600), generator=generator).exp().exp().clamp_max(1e30)
+    logits = torch.cat([steep, flat, ties, wide, torch.zeros(2, 600)])
+    rows = len(logits)
+    for top_k, top_p, min_p in (
+        (1, 1.0, 0.0), (7, 1.0, 0.0), (599, 0.9, 0.0), (10**9, 0.999, 0.0), (0, 0.5, 0.0),
+        (0, 1e-6, 0.0), (0, 1.0, 0.1), (50, 0.9, 0.05), (0, 0.0, 1.0),
+    ):  # fmt: skip
+        inputs = {
+            "logits": logits,
+            "temperature": torch.ones(rows),
+            "top_k": torch.full((rows,), top_k, dtype=torch.int32),
+            "top_p": torch.full((rows,), top_p),
+            "min_p": torch.full((rows,), min_p),
+            "seeds": torch.arange(rows),
+            "positions": torch.arange(rows),
+            "return_probs": True,
+        }
+        got, want = (OPS["sample"](**inputs, backend=backend) for backend in (BACKEND, "reference"))
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        assert torch.equal(got[2] > 0, want[2] > 0)
+        torch.testing.assert_close(got[2], want[2], rtol=1e-6, atol=1e-9)
+
+
+def _bytes_of(name: str, plan: tuple[int, int], **inputs: Any) -> tuple[int, tuple[Tensor, ...]]:
+    cuda_emulated.emulated.set_device(*plan)
+    cuda_emulated.emulated.take_counters()
+    answer = OPS[name](**inputs, backend=BACKEND)
+    return cuda_emulated.emulated.take_counters()["loaded_bytes"], answer
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_sample_reads_each_logit_once(temperature: float, plan: tuple[int, int]) -> None:
+    rows, vocab = 3, 2048
+    inputs = {
+        "logits": torch.randn((rows, vocab), generator=torch.Generator().manual_seed(0)).bfloat16(),
+        "temperature": torch.full((rows,), temperature),
+        "seeds": torch.arange(rows),
+        "positions": torch.arange(rows),
+    }
+    loaded, _ = _bytes_of("sample", plan, **inputs)
+    is_lazy = rows >= plan[0]
+    if is_lazy and temperature > 0:  # and again where noise could win
+        assert 2 * rows * vocab < loaded <= 4 * rows * vocab
+    else:
+        assert loaded == 2 * rows * vocab
+    shifted = torch.zeros(rows * vocab + 1, dtype=torch.bfloat16)[1:].view(rows, vocab)
+    shifted.copy_(inputs["logits"])
+    twice, _ = _bytes_of("sample", plan, **{**inputs, "logits": shifted})
+    assert loaded < twice <= 2 * loaded  # unaligned: each vector by two lanes
+
+
+def test_filters_read_again_only_the_tiles_that_can_hold_their_edge() -> None:
+    vocab, tile = 32 * 512, 2 * 512
+    logits = torch.randn((1, vocab), generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[0, 5000:5008] += 30.0
+    inputs = {
+        "logits": logits,
+        "temperature": torch.ones(1),
+        "seeds": torch.zeros(1, dtype=torch.int64),
+        "positions": torch.zeros(1, dtype=torch.int64),
+        "top_k": torch.full((1,), 4, dtype=torch.int32),
+    }
+    loaded, _ = _bytes_of("sample", PLANS[0], **inputs)
+    passes = (loaded - 2 * vocab - tile - 2 * vocab) / tile  # the first pass may see every tile
+    assert loaded > 2 * vocab and passes <= 12
+
+
+@pytest.mark.parametrize("rule", ["walk", "token"])
+def test_verify_reads_the_rows_that_it_visits(rule: str) -> None:
+    vocab, nodes = 2048, 8
+    inputs = OPS["verify"].inputs(B=2, N=nodes, V=vocab, rule=rule, seed=1, dtype=torch.bfloat16)
+    inputs = {k: v for k, v in inputs.items() if not k.startswith(("draft", "kinds", "return"))}
+    inputs["logits"] = inputs["logits"].contiguous()
+    inputs["num_nodes"] = torch.tensor([nodes, 5], dtype=torch.int32)
+    inputs["temperature"] = torch.zeros(2)
+    loaded, answer = _bytes_of("verify", (1, 1), **inputs)
+    visited = int(answer[1].sum()) + 2
+    assert loaded == 2 * vocab * visited
+    ahead, same = _bytes_of("verify", (16, 2), **inputs)
+    assert ahead == 2 * vocab * (nodes + 5)
+    _assert_same(same, answer)
+
+
+def test_what_a_device_cannot_refuse_has_a_defined_answer() -> None:
+    """A kind that is none, a sampled node without a law, and draft ids outside the vocabulary."""
+    laws = torch.tensor([[[0.5, 0.25, 0.25]]])
+    inputs: dict[str, Any] = {
+        "logits": torch.zeros((1, 2, 4)),
+        "tokens": torch.tensor([[0, 1]]),
+        "parents": torch.tensor([[-1, 0]], dtype=torch.int32),
+        "num_nodes": torch.tensor([2], dtype=torch.int32),
+        "temperature": torch.ones(1),
+        "coins": torch.zeros((1, 2), dtype=torch.float64),
+        "kinds": torch.ones((1, 2), dtype=torch.int8),
+        "draft_rows": torch.zeros((1, 2), dtype=torch.int32),
+        "draft_probs": laws,
+        "rule": "token",
+        "return_law": True,
+    }
+    for changed in (
+        {"kinds": torch.full((1, 2), 9, dtype=torch.int8)},
+        {"draft_rows": torch.full((1, 2), 1, dtype=torch.int32)},
+        {"draft_rows": torch.full((1, 2), -1, dtype=torch.int32)},
+    ):
+        answer = OPS["verify"](**{**inputs, **changed}, backend=BACKEND)
+        assert [a[0].tolist() for a in answer[:4]] == [[0, -1], 0, 0, 2]
+    offsets = torch.tensor([0, 0, 9])  # the third is outside
+    answer = OPS["verify"](**inputs, draft_offsets=offsets, backend=BACKEND)
+    assert answer[6][0, 1] == 1.0 and answer[1].item() == 1
+    inputs["coins"] = torch.full((1, 2), 0.999, dtype=torch.float64)
+    inputs["draft_probs"] = torch.tensor([[[0.0, 1.0, 0.0]]])
+    answer = OPS["verify"](**inputs, draft_offsets=offsets, backend=BACKEND)
+    assert answer[6][0, 1] == 0.25
+    torch.testing.assert_close(answer[7][0], torch.tensor([1, 0, 1, 1]).double() / 3)
+
+
+def test_empty_calls_have_empty_answers() -> None:
+    inputs = OPS["verify"].inputs(B=2, N=2, V=5)
+    inputs["num_nodes"] = torch.zeros(2, dtype=torch.int32)
+    for batch in (2, 0):
+        some = {k: v[:batch] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        got, want = (OPS["verify"](**some, backend=backend) for backend in (BACKEND, "reference"))
+        _assert_same(got, want)
+    none = {name: inputs[name][:, :0] for name in ("logits", "tokens", "parents")}
+    flags = {"return_law": True, "return_logprobs": True}
+    answer = OPS["verify"](**{**inputs, **none, **flags}, backend=BACKEND)
+    assert [answer[i].tolist() for i in (0, 1, 2, 3)] == [[[], []], [0, 0], [-1, -1], [0, 0]]
+    assert not answer[7].any()
+    drawn = OPS["sample"](torch.zeros(0, 5), backend=BACKEND)
+    assert drawn[0].shape == (0, 1)
+
+
+ROOT = Path(__file__).resolve().parent.parent
+OBJECTS = ROOT / "build" / "cmake" / "CMakeFiles"
+
+MISTAKES = {
+    # mistake: file, text, what stands there instead, tool, report
+    "missing_barrier": (
+        "group.cuh", "mine[thread() / kWarpSize] = key;\n    __syncthreads();",
+        "mine[thread() / kWarpSize] = key;", "thread", r"data race .* in specdec::cuda::Group::",
+    ),
+    "write_after_read": (
+        "group.cuh", "return block_turn_ ^= 1;", "return 0;", "thread",
+        r"data race .* in specdec::cuda::Group::",
+    ),
+    "missing_cluster_barrier": (
+        "row_law.cuh", "  group.sync();\n  double total = 0.0;",
+        "  __syncthreads();\n  double total = 0.0;", "thread",
+        r"data race .* in (double )?specdec::cuda::(sum_tiles|measure)",
+    ),
+    "out_of_bounds": (
+        "logit_row.cuh", "if (first + i < vocab) values[i] = widened(",
+        "if (first + i <= vocab) values[i] = widened(", "address",
+        r"heap-buffer-overflow (?s:.)*specdec::cuda::LogitRow",
+    ),
+    "misaligned": (
+        "logit_row.cuh", "lead(static_cast<int32_t>(reinterpret_cast<uintptr_t>(logits) % 16",
+        "lead(static_cast<int32_t>(0 * reinterpret_cast<uintptr_t>(logits) % 16", "address",
+        r"logit_row\.cuh:\d+: global access: \S+ is not aligned to 16 bytes",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.xdist_group("sanitizers")
+@pytest.mark.parametrize(
+    ("file", "text", "replacement", "tool", "report"), MISTAKES.values(), ids=MISTAKES
+)
+def test_a_mistake_in_the_kernels_is_reported(
+    file: str, text: str, replacement: str, tool: str, report: str, tmp_path: Path
+) -> None:
+    program = ROOT / "build" / "cmake" / "tests" / f"sanitized_{tool}"
+    assert program.exists(), "run tests/test_sanitizers.py first"
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    mutated = tmp_path / "csrc" / "cuda" / file
+    source = mutated.read_text("utf-8")
+    assert source.count(text) == 1
+    mutated.write_text(source.replace(text, replacement), "utf-8")
+    objects = list((OBJECTS / f"sanitized_{tool}.dir").rglob("*.o"))
+    others = [path for path in objects if path.name != "sample.cpp.o"]
+    assert len(others) == len(objects) - 1
+    sanitizer = "thread" if tool == "thread" else "address,undefined"
+    subprocess.run(
+        ["c++", "-std=c++20", "-O1", "-g1", f"-fsanitize={sanitizer}", "-Wno-unknown-pragmas",
+         "-ffp-contract=off", "-x", "c++", tmp_path / "csrc" / "cuda" / "sample.cu", "-x", "none",
+         *others, "-o", tmp_path / "mutant"],
+        check=True,
+    )  # fmt: skip
+    command = [tmp_path / "mutant", "sample", "reverse"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert re.search(report, result.stdout + result.stderr), result.stderr[:4000]
