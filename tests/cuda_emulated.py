@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from specdec_kernels.ops.build_tree import empty_outputs
+from specdec_kernels.ops.build_tree import empty_outputs as empty_trees
 from specdec_kernels.registry import BACKENDS, OPS
 from specdec_kernels.shapes import num_words
 
@@ -112,7 +112,7 @@ def build_tree(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the operator."""
     emulated.check_max_nodes(max_nodes)
-    outputs = empty_outputs(
+    outputs = empty_trees(
         roots, candidates, logprobs, budgets, candidate_parents, max_nodes=max_nodes
     )
     emulated.build_tree(roots, candidates, logprobs, budgets, candidate_parents, *outputs)

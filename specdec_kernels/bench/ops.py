@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..registry import BACKENDS, INTERPRETS_TRITON, OPS, Op
 from .baselines import Inputs, Run
-from .cases import CASES, BenchCase, Work, copy_to, num_bytes
+from .cases import CASES, BenchCase, copy_to
 from .machine import describe_machine, synchronize
+from .roofline import num_bytes, roofline_us
 
 # A decoder streams its weights between two calls: no operand stays in a cache.
 _COLD_BYTES = 128 * 2**20
@@ -122,7 +123,8 @@ def _measure(
     ]
     own, *others = _time_in_turn(prepares, cold_copies(inputs, device), device, seconds)
     us, spread = _middle(own)
-    floor = round(_floor_us(case.work(inputs, reference.outputs), machine), 2)
+    work = case.work(inputs, reference.outputs)
+    floor = round(roofline_us(work, machine["bandwidth_gbs"], machine["bf16_gflops"]), 2)
     return [
         {
             "op": case.op,
@@ -168,12 +170,6 @@ def _time_in_turn(
             synchronize(device)
             sample.append((time.perf_counter_ns() - start) / 1e3)
     return samples
-
-
-def _floor_us(work: Work, machine: dict[str, Any]) -> float:
-    traffic: float = work.num_bytes / machine["bandwidth_gbs"] / 1e3
-    arithmetic: float = work.num_flops / machine["bf16_gflops"] / 1e3
-    return max(traffic, arithmetic)
 
 
 def _backend_name(operator: Op[Any, Any], backend: str | None) -> str:
