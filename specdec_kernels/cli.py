@@ -178,10 +178,12 @@ def generate(
     )
     with status("warming up"):
         trial.warm_up(compare=compare)
-    display = None if as_json else StreamingDisplay(Console(), subject.decode)
-    report: dict[str, Any] = {"model": model, "prompt": text, **trial.run(display)}
-    if display is not None:
-        display.end()
+    report: dict[str, Any] = {"model": model, "prompt": text}
+    if as_json:
+        report |= trial.run()
+    else:
+        with StreamingDisplay(Console(), subject.decode, trial.statistics) as display:
+            report |= trial.run(display)
     with status("generating without speculation"):
         report["compare"] = trial.compare() if compare else None
     if as_json:
