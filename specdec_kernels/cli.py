@@ -315,6 +315,36 @@ def ops(
 
 
 @bench_app.command()
+def overhead(
+    model: Model = "smollm2",
+    drafter_name: DrafterName = "auto",
+    texts: Annotated[int, typer.Option(min=2, help="Random texts.")] = 12,
+    max_new_tokens: MaxNewTokens = 128,
+    dtype: Dtype = "bf16",
+    threads: Threads = None,
+    out: JsonOut = None,
+) -> None:
+    """Time what speculation costs on random tokens, which no drafter can predict."""
+    check_out(out)
+    options = DrafterOptions(drafter_name)
+    options.check()
+
+    from .bench.overhead import run_overhead
+    from .tables import overhead_table
+
+    subject = _load(model, dtype, threads)
+    with progress_bar("measuring", 3 * texts) as step:
+        record = run_overhead(
+            subject,
+            num_texts=texts,
+            drafter=options.make(subject),
+            max_new_tokens=max_new_tokens,
+            progress=step,
+        )
+    publish(record, out, overhead_table(record["rows"]))
+
+
+@bench_app.command()
 def rules(
     model: Model = "smollm2",
     prompts: Annotated[

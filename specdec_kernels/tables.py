@@ -93,6 +93,15 @@ def cost_table(nodes: Sequence[int], seconds: Sequence[float]) -> Table:
     return table
 
 
+def overhead_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One row per way to generate."""
+    table = Table("mode", *_numbers("tok/s", "time against generate", "quartiles"))
+    for row in rows:
+        quartiles = f"{row['low']:+.1%} to {row['high']:+.1%}"
+        table.add_row(row["mode"], f"{row['tok_s']:.1f}", f"{row['slower']:+.1%}", quartiles)
+    return table
+
+
 def rules_table(rows: list[dict[str, Any]]) -> Table:
     """One section per draft law, one row per way to draw and test siblings."""
     numbers = _numbers("accepted", "against the first")

@@ -175,6 +175,17 @@ def test_a_terminal_shows_accepted_tokens_in_green(no_color: bool) -> None:
     assert file.getvalue() == ("abc\n" if no_color else "\x1b[1;32mab\x1b[0mc\n")
 
 
+def test_bench_overhead_compares_the_loop_with_generate(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--texts", "2", "--max-new-tokens", "6", "--json", "-", *FP32]
+    assert main(["bench", "overhead", "--model", str(folder), *options]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [row["mode"] for row in record["rows"]] == ["generate", "specdec, no drafter", "specdec"]
+    assert record["rows"][0]["slower"] == 0 and all(row["tok_s"] > 0 for row in record["rows"])
+    assert record["machine"]["settings"]["drafter"] == "AutoDrafter"
+
+
 def _watched(lines: int) -> str:
     """What a terminal of that height gets: two steps with statistics, then an interruption."""
     console = Console(file=io.StringIO(), force_terminal=True, width=60, height=lines, _environ={})
