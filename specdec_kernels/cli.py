@@ -178,10 +178,12 @@ def generate(
     )
     with status("warming up"):
         trial.warm_up(compare=compare)
-    display = None if as_json else StreamingDisplay(Console(), subject.decode)
-    report: dict[str, Any] = {"model": model, "prompt": text, **trial.run(display)}
-    if display is not None:
-        display.end()
+    report: dict[str, Any] = {"model": model, "prompt": text}
+    if as_json:
+        report |= trial.run()
+    else:
+        with StreamingDisplay(Console(), subject.decode, trial.statistics) as display:
+            report |= trial.run(display)
     with status("generating without speculation"):
         report["compare"] = trial.compare() if compare else None
     if as_json:
@@ -310,6 +312,36 @@ def ops(
             progress=lambda row: step(f"{row['op']} {row['case']}"),
         )
     publish(record, out, ops_table(record["rows"]))
+
+
+@bench_app.command()
+def overhead(
+    model: Model = "smollm2",
+    drafter_name: DrafterName = "auto",
+    texts: Annotated[int, typer.Option(min=2, help="Random texts.")] = 12,
+    max_new_tokens: MaxNewTokens = 128,
+    dtype: Dtype = "bf16",
+    threads: Threads = None,
+    out: JsonOut = None,
+) -> None:
+    """Time what speculation costs on random tokens, which no drafter can predict."""
+    check_out(out)
+    options = DrafterOptions(drafter_name)
+    options.check()
+
+    from .bench.overhead import run_overhead
+    from .tables import overhead_table
+
+    subject = _load(model, dtype, threads)
+    with progress_bar("measuring", 3 * texts) as step:
+        record = run_overhead(
+            subject,
+            num_texts=texts,
+            drafter=options.make(subject),
+            max_new_tokens=max_new_tokens,
+            progress=step,
+        )
+    publish(record, out, overhead_table(record["rows"]))
 
 
 @bench_app.command()

@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 _NEAR_TIE = 0.25  # logits: a few bfloat16 steps at the size of a top logit
+_MOST_SHARES = 8
 
 
 def backends_table(ops: dict[str, dict[str, str | None]]) -> Table:
@@ -92,6 +93,15 @@ def cost_table(nodes: Sequence[int], seconds: Sequence[float]) -> Table:
     return table
 
 
+def overhead_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One row per way to generate."""
+    table = Table("mode", *_numbers("tok/s", "time against generate", "quartiles"))
+    for row in rows:
+        quartiles = f"{row['low']:+.1%} to {row['high']:+.1%}"
+        table.add_row(row["mode"], f"{row['tok_s']:.1f}", f"{row['slower']:+.1%}", quartiles)
+    return table
+
+
 def rules_table(rows: list[dict[str, Any]]) -> Table:
     """One section per draft law, one row per way to draw and test siblings."""
     numbers = _numbers("accepted", "against the first")
@@ -120,8 +130,9 @@ def generation_lines(report: dict[str, Any], dtype: str) -> list[str]:
         f"{stats['num_accepted']} of {stats['num_drafted']} draft tokens accepted",
         f"{stats['tok_s']:.1f} tok/s with speculation",
         f"{stats['draft_seconds']:.2f} s drafting, {stats['forward_seconds']:.2f} s in the model, "
-        f"{stats['verify_seconds']:.2f} s verifying; accepted by depth: "
-        + (" ".join(f"{share:.0%}" for share in stats["acceptance_by_depth"][:8]) or "none tested"),
+        f"{stats['verify_seconds']:.2f} s verifying",
+        f"accepted by depth: {_shares(stats['acceptance_by_depth'])}; "
+        f"by rank among siblings: {_shares(stats['acceptance_by_rank'])}",
     ]
     if stats["num_failures"]:
         lines.append(f"the drafter failed {stats['num_failures']} times: {stats['failures'][0]}")
@@ -129,6 +140,10 @@ def generation_lines(report: dict[str, Any], dtype: str) -> list[str]:
         lines[1] += f", {compare['tok_s']:.1f} without: {compare['speedup']:.2f}x"
         lines.append(_agreement_line(compare["divergence"], dtype))
     return lines
+
+
+def _shares(values: Sequence[float]) -> str:
+    return " ".join(f"{share:.0%}" for share in values[:_MOST_SHARES]) or "none tested"
 
 
 def _agreement_line(divergence: dict[str, Any] | None, dtype: str) -> str:

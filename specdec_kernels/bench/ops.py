@@ -16,12 +16,16 @@ from ..registry import BACKENDS, INTERPRETS_TRITON, OPS, Op
 from .baselines import Inputs, Run
 from .cases import CASES, BenchCase, copy_to
 from .machine import describe_machine, synchronize
-from .roofline import num_bytes, roofline_us
+from .roofline import Work, num_bytes, roofline_us
 
 # A decoder streams its weights between two calls: no operand stays in a cache.
 _COLD_BYTES = 128 * 2**20
-_MAX_COPIES = 64
+_MOST_BYTES = 2**30
+_MAX_COPIES = 2048
 _MIN_ROUNDS = 5
+# Calls of one contender in a row: one alone would be timed on the caches that the others leave, its
+# code gone from them.
+_BURST, _BURST_SECONDS = 8, 0.02
 _SECONDS, _QUICK_SECONDS = 1.0, 0.1
 
 Prepare = Callable[[Inputs], Callable[[], Any]]
@@ -37,8 +41,8 @@ def run_ops(
     """Check and time each bench case of some operators.
 
     Per case: the result is compared with the reference's (so is the baseline's, where it draws no
-    random numbers), then operator and baselines are timed in turn, call by call, on operands that
-    no cache holds.
+    random numbers), then operator and baselines are timed in turn, a few calls each, on operands
+    that no cache holds.
 
     Args:
         ops: operator names; None means all.
@@ -94,10 +98,14 @@ def prepare_op(operator: Op[Any, Any], backend: str | None, inputs: Inputs) -> C
     return partial(operator, **inputs, backend=backend)
 
 
-def cold_copies(inputs: Inputs, device: str = "cpu") -> list[Inputs]:
-    """Enough copies of one call's inputs that using them in turn finds none of them in a cache."""
-    size = max(1, num_bytes(*inputs.values()))
-    return [copy_to(inputs, device) for _ in range(min(_MAX_COPIES, 2 + _COLD_BYTES // size))]
+def cold_copies(inputs: Inputs, work: Work, device: str = "cpu") -> list[Inputs]:
+    """Enough copies of one call's inputs that using them in turn finds none of them in a cache.
+
+    What counts is what a call reads and writes: of a tree's logits, only the rows on the path.
+    """
+    wanted = 2 + _COLD_BYTES // max(1, work.num_bytes)
+    fitting = 2 + _MOST_BYTES // max(1, num_bytes(*inputs.values()))
+    return [copy_to(inputs, device) for _ in range(min(_MAX_COPIES, wanted, fitting))]
 
 
 def _select(ops: Sequence[str] | None, backend: str | None) -> set[str]:
@@ -121,9 +129,10 @@ def _measure(
         partial(prepare_op, OPS[case.op], backend),
         *(baseline.prepare for baseline in case.baselines),
     ]
-    own, *others = _time_in_turn(prepares, cold_copies(inputs, device), device, seconds)
-    us, spread = _middle(own)
     work = case.work(inputs, reference.outputs)
+    copies = cold_copies(inputs, work, device)
+    own, *others = _time_in_turn(prepares, copies, device, seconds)
+    us, spread = _middle(own)
     floor = round(roofline_us(work, machine["bandwidth_gbs"], machine["bf16_gflops"]), 2)
     return [
         {
@@ -153,22 +162,28 @@ def _middle(samples: Sequence[float]) -> tuple[float, float]:
 def _time_in_turn(
     prepares: Sequence[Prepare], copies: Sequence[Inputs], device: str, seconds: float
 ) -> list[list[float]]:
-    """µs of each call, for each contender; the contenders take turns, and so do the copies."""
+    """µs of each call, for each contender; the contenders take turns, a burst of calls each, and
+    every call has the next copy.
+    """
     samples: list[list[float]] = [[] for _ in prepares]
     lengths = copies[0]["lengths"].clone() if "lengths" in copies[0] else None
     turn, end = 0, time.perf_counter() + seconds
     while len(samples[-1]) < _MIN_ROUNDS or time.perf_counter() < end:
         for prepare, sample in zip(prepares, samples, strict=True):
-            inputs = copies[turn % len(copies)]
-            turn += 1
-            if lengths is not None:
-                inputs["lengths"].copy_(lengths)  # `commit` advances them
-            call = prepare(inputs)
-            synchronize(device)
-            start = time.perf_counter_ns()
-            call()
-            synchronize(device)
-            sample.append((time.perf_counter_ns() - start) / 1e3)
+            burst_end = time.perf_counter() + _BURST_SECONDS
+            for _ in range(_BURST):
+                inputs = copies[turn % len(copies)]
+                turn += 1
+                if lengths is not None:
+                    inputs["lengths"].copy_(lengths)  # `commit` advances them
+                call = prepare(inputs)
+                synchronize(device)
+                start = time.perf_counter_ns()
+                call()
+                synchronize(device)
+                sample.append((time.perf_counter_ns() - start) / 1e3)
+                if time.perf_counter() > burst_end:
+                    break
     return samples
 
 

@@ -66,7 +66,7 @@ class SpeculativeDecoder:
             backend that it takes.
 
     Attributes:
-        stats: `DecodeStats` of the last call.
+        stats: `DecodeStats` of the last call; of the running one while it runs.
         totals: `TotalStats` of all calls.
 
     Raises:
@@ -170,12 +170,13 @@ class SpeculativeDecoder:
         )
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
+        self.stats = DecodeStats.start(len(prompts))
         with (
             tree_attention_in(model),
             _attached(self.drafter, target),
             target.cache.in_use(),
         ):
-            sequences, self.stats = decode(
+            sequences, _ = decode(
                 target,
                 self.drafter,
                 prompts,
@@ -188,6 +189,7 @@ class SpeculativeDecoder:
                 process=process or None,
                 recorder=record or None,
                 agree=agree,
+                stats=self.stats,
             )
             target.cache.hold(sequences)
         self.totals.add(self.stats)
