@@ -288,6 +288,29 @@ def e2e(
 
 
 @bench_app.command()
+def gpu(
+    names: Annotated[
+        list[str] | None, typer.Option("--op", help="Only this operator; repeatable.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, short repeats.")] = False,
+    out: JsonOut = None,
+) -> int:
+    """Check and time the CUDA and Triton kernels on the GPU here, beside its roofline and others.
+
+    Fails if a result was wrong.
+    """
+    check_out(out)
+
+    from .bench.gpu import gpu_cases, run_gpu
+    from .tables import gpu_table
+
+    with progress_bar("measuring", len(list(gpu_cases(names, quick)))) as step:
+        record = run_gpu(names, quick=quick, progress=step)
+    publish(record, out, gpu_table(record))
+    return 1 if record["failures"] else 0
+
+
+@bench_app.command()
 def ops(
     names: Annotated[
         list[str] | None, typer.Option("--op", help="Only this operator; repeatable.")

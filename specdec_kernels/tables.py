@@ -85,6 +85,37 @@ def ops_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def gpu_table(record: dict[str, Any]) -> Table:
+    """One section per case, one row per contender; below, what was wrong and what is absent."""
+    rows, rates = record["rows"], record["rates"]
+    notes = [f"roofline: {rates['bandwidth_gbs']:g} GB/s, {rates['bf16_gflops']:g} GFLOP/s"]
+    notes[0] += f" ({rates['source']})"
+    notes += [f"WRONG {f['op']} {f['case']} {f['contender']}: {f['error']}"
+              for f in record["failures"]]  # fmt: skip
+    notes += [f"absent: {name}: {reason}" for name, reason in record["absent"].items()]
+    table = Table(
+        "op",
+        Column("case", overflow="fold"),
+        "contender",
+        *_numbers("us", "GB/s", "of roofline", "time against"),
+        caption="\n".join(notes),
+    )
+    for i, row in enumerate(rows):
+        is_first = i == 0 or (rows[i - 1]["op"], rows[i - 1]["case"]) != (row["op"], row["case"])
+        if is_first:
+            table.add_section()
+        table.add_row(
+            row["op"] if is_first else "",
+            row["case"] if is_first else "",
+            row["contender"],
+            f"{row['us']:.1f}",
+            f"{row['gbs']:.1f}",
+            f"{row['roofline']:.0%}",
+            ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row["against"].items()),
+        )
+    return table
+
+
 def cost_table(nodes: Sequence[int], seconds: Sequence[float]) -> Table:
     """Time of a forward pass by its number of tokens."""
     table = Table(*_numbers("tokens", "ms", "against 1"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..registry import BACKENDS, INTERPRETS_TRITON, OPS, Op
-from .baselines import Inputs, Run
+from .baselines import Baseline, Inputs, Run
 from .cases import CASES, BenchCase, copy_to
 from .machine import describe_machine, synchronize
 from .roofline import Work, num_bytes, roofline_us
@@ -80,17 +80,33 @@ def check_case(case: BenchCase, backend: str | None, device: str = "cpu") -> Run
     Raises:
         RuntimeError: one of them did something else than the reference.
     """
-    operator = OPS[case.op]
     inputs = case.inputs(device)
-    reference = _run(partial(prepare_op, operator, "reference"), inputs, device)
-    own = _run(partial(prepare_op, operator, backend), inputs, device)
-    if not _same(operator, own, reference):
+    reference = run_reference(case, inputs, device)
+    if not operator_agrees(case, backend, inputs, reference, device):
         raise RuntimeError(f"{case.op} {case.name}: the result differs from the reference's")
     for baseline in case.baselines:
-        agrees, run = baseline.agrees, _run(baseline.prepare, inputs, device)
-        if agrees is not None and not agrees(run, reference):
+        if not baseline_agrees(baseline, inputs, reference, device):
             raise RuntimeError(f"{case.op} {case.name}: {baseline.name} differs from the reference")
     return reference
+
+
+def run_reference(case: BenchCase, inputs: Inputs, device: str) -> Run:
+    """The reference on a copy of the inputs."""
+    return _run(partial(prepare_op, OPS[case.op], "reference"), inputs, device)
+
+
+def operator_agrees(
+    case: BenchCase, backend: str | None, inputs: Inputs, reference: Run, device: str
+) -> bool:
+    """Whether a backend does what the reference did, within the operator's tolerance."""
+    operator = OPS[case.op]
+    return _same(operator, _run(partial(prepare_op, operator, backend), inputs, device), reference)
+
+
+def baseline_agrees(baseline: Baseline, inputs: Inputs, reference: Run, device: str) -> bool:
+    """Whether a baseline does what the reference did; true where it draws its own numbers."""
+    run = _run(baseline.prepare, inputs, device)
+    return baseline.agrees is None or baseline.agrees(run, reference)
 
 
 def prepare_op(operator: Op[Any, Any], backend: str | None, inputs: Inputs) -> Callable[[], Any]:
@@ -132,7 +148,7 @@ def _measure(
     work = case.work(inputs, reference.outputs)
     copies = cold_copies(inputs, work, device)
     own, *others = _time_in_turn(prepares, copies, device, seconds)
-    us, spread = _middle(own)
+    us, spread = middle(own)
     floor = round(roofline_us(work, machine["bandwidth_gbs"], machine["bf16_gflops"]), 2)
     return [
         {
@@ -148,12 +164,12 @@ def _measure(
             "ratio": round(other_us / us, 2),
         }
         for baseline, (other_us, other_spread) in zip(
-            case.baselines, map(_middle, others), strict=True
+            case.baselines, map(middle, others), strict=True
         )
     ]
 
 
-def _middle(samples: Sequence[float]) -> tuple[float, float]:
+def middle(samples: Sequence[float]) -> tuple[float, float]:
     """Median, and interquartile range / median."""
     low, middle, high = quantiles(samples, n=4)
     return middle, round((high - low) / middle, 3)
