@@ -231,7 +231,9 @@ def e2e(
     limit_per_category: Annotated[
         int | None, typer.Option(min=1, help="At most this many prompts of each, evenly spread.")
     ] = None,
-    modes: Annotated[str, typer.Option(help="Comma-separated.")] = "generate,prompt_lookup,specdec",
+    modes: Annotated[
+        str, typer.Option(help="Comma-separated; also plain, this package without drafter.")
+    ] = "generate,prompt_lookup,specdec",
     drafter_name: DrafterName = "auto",
     max_nodes: MaxNodes = None,
     draft_model: DraftModelName = None,
