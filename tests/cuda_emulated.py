@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from specdec_kernels.ops.build_tree import empty_outputs as empty_trees
 from specdec_kernels.ops.sample import check_draws
 from specdec_kernels.ops.verify_checks import check_arguments
 from specdec_kernels.registry import BACKENDS, OPS
@@ -42,7 +43,7 @@ def install() -> None:
     BACKENDS[BACKEND] = "cpu"
     global emulated
     emulated = load()
-    for function in (tree_mask, write_kv, commit, topk_logprobs, sample, verify):
+    for function in (tree_mask, write_kv, commit, topk_logprobs, build_tree, sample, verify):
         OPS[function.__name__].implement(BACKEND)(function)
 
 
@@ -191,3 +192,21 @@ def verify(
 
 def _packed(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def build_tree(
+    roots: Tensor,
+    candidates: Tensor,
+    logprobs: Tensor,
+    budgets: Tensor,
+    candidate_parents: Tensor | None = None,
+    *,
+    max_nodes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the operator."""
+    emulated.check_max_nodes(max_nodes)
+    outputs = empty_trees(
+        roots, candidates, logprobs, budgets, candidate_parents, max_nodes=max_nodes
+    )
+    emulated.build_tree(roots, candidates, logprobs, budgets, candidate_parents, *outputs)
+    return outputs

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "node_laws.cuh"
+#include "row_draws.cuh"
 
 namespace specdec::cuda {
 

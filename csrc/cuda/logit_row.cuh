@@ -114,8 +114,8 @@ struct LogitRow {
 
   // What a read logit is worth: with bias and mask, NaN as -inf.
   __device__ float biased(float logit, int32_t token) const {
-    if (bias != nullptr) logit += bias[token * stride_bias];
-    if (mask != nullptr && !mask[token * stride_mask]) logit = -INFINITY;
+    if (bias != nullptr) logit += load_global(bias + token * stride_bias);
+    if (mask != nullptr && !load_global(mask + token * stride_mask)) logit = -INFINITY;
     return logit == logit ? logit : -INFINITY;
   }
 

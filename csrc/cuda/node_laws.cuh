@@ -93,7 +93,7 @@ struct Draft {
 
   // NaN, infinite or negative probabilities count as 0; logits are read as in `sample`.
   __device__ double id_mass(const float* law, double largest, double scale, int32_t id) const {
-    const double value = static_cast<double>(law[id * params.stride_laws_u]);
+    const double value = static_cast<double>(load_global(law + id * params.stride_laws_u));
     if (!params.is_logits)
       return value > 0.0 && value < static_cast<double>(INFINITY) ? value : 0.0;
     if (largest == static_cast<double>(INFINITY)) return value == largest ? scale : 0.0;
@@ -176,7 +176,7 @@ __device__ double sum_ids(Group& group, int32_t draft_vocab, double* tile_masses
     double mass = 0.0;
     for (int32_t id = tile * kTile + this_lane(); id < end; id += kWarpSize) mass += mass_of(id);
     mass = warp_sum(mass);
-    if (this_lane() == 0) tile_masses[tile] = mass;
+    if (this_lane() == 0) store_global(tile_masses + tile, mass);
   }
   return sum_tiles(group, tile_masses, tiles);
 }
@@ -190,7 +190,7 @@ __device__ inline void open_draft_law(Group& group, const Draft& draft, const fl
     RankKey key = kNoKey;
     for (int32_t id = group.rank() * kGroupThreads + group.thread(); id < draft.params.draft_vocab;
          id += group.size() * kGroupThreads) {
-      key = max(key, rank_key(ranked_score(law[id * draft.params.stride_laws_u]), 0));
+      key = max(key, rank_key(ranked_score(load_global(law + id * draft.params.stride_laws_u)), 0));
     }
     key = group.largest(key);
     largest = static_cast<double>(key == kNoKey ? -INFINITY : score_of(key));

@@ -14,8 +14,6 @@
 
 namespace specdec::cuda {
 
-constexpr float kLargestNoise = 22.9f;  // gumbel(0) is 22.87
-
 // Of the tiles of one row. A tile's best is its key with the largest noisy score, or of a greedy
 // request logit; its mass the sum of exp(score - its largest score).
 struct Summaries {
@@ -93,7 +91,9 @@ struct Scores {
   __device__ bool is_empty() const { return !(largest > -INFINITY); }
 
   __device__ float score(float logit) const { return row.score(logit, is_infinite); }
-  __device__ float tile_largest(int32_t tile) const { return score(summaries.maxima[tile]); }
+  __device__ float tile_largest(int32_t tile) const {
+    return score(load_global(summaries.maxima + tile));
+  }
 
   // The scores of a load; -inf where they do not reach the edge.
   __device__ void load(int32_t first, float edge, float (&values)[kVector]) const {
@@ -126,7 +126,7 @@ struct Scores {
 
   // A tile's best, or no key if it is void.
   __device__ RankKey tile_best(int32_t tile) const {
-    return tile_largest(tile) == -INFINITY ? kNoKey : summaries.best[tile];
+    return tile_largest(tile) == -INFINITY ? kNoKey : load_global(summaries.best + tile);
   }
 };
 
@@ -134,7 +134,7 @@ template <class T>
 __device__ Scores<T> open_row(Group& group, const LogitRow<T>& row, const Summaries& summaries) {
   RankKey key = kNoKey;
   for (int32_t tile = group.thread(); tile < row.tiles(); tile += kGroupThreads) {
-    key = max(key, rank_key(summaries.maxima[tile] + 0.0f, 0));
+    key = max(key, rank_key(load_global(summaries.maxima + tile) + 0.0f, 0));
   }
   key = group.block_largest(key);
   const float most = key == kNoKey ? -INFINITY : score_of(key);
@@ -169,7 +169,8 @@ __device__ double summed_weight(Group& group, const Scores<T>& scores) {
   double total = 0.0;
   for (int32_t tile = group.thread(); tile < scores.row.tiles(); tile += kGroupThreads) {
     const float largest = scores.tile_largest(tile);
-    if (largest >= kLowest) total += scores.summaries.masses[tile] * scores.weight(largest);
+    if (largest >= kLowest)
+      total += load_global(scores.summaries.masses + tile) * scores.weight(largest);
   }
   return group.block_sum(total);
 }
@@ -179,7 +180,7 @@ __device__ inline double sum_tiles(Group& group, const double* tile_masses, int3
   group.sync();
   double total = 0.0;
   for (int32_t tile = group.thread(); tile < tiles; tile += kGroupThreads) {
-    total += tile_masses[tile];
+    total += load_global(tile_masses + tile);
   }
   return group.block_sum(total);
 }
@@ -225,7 +226,7 @@ __device__ double measure(Group& group, const LogitRow<T>& row, const Law& law,
   group.sync();  // all have read what is overwritten
   for (int32_t tile = group.first_tile(); tile < row.tiles(); tile += group.tile_step()) {
     const double mass = warp_sum(lane_mass(row, law, tile));
-    if (this_lane() == 0) tile_masses[tile] = mass;
+    if (this_lane() == 0) store_global(tile_masses + tile, mass);
   }
   return sum_tiles(group, tile_masses, row.tiles());
 }
@@ -326,124 +327,6 @@ __device__ float find_edge(Group& group, const Scores<T>& scores, const RowFilte
   }
   if (!wants_total) total = 0.0;
   return from_order(edge);
-}
-
-// A tile's best key below `after`, among the scores that reach the edge; by a warp.
-template <class T>
-__device__ RankKey tile_key(const Scores<T>& scores, const Noise* noise, float edge, int32_t tile,
-                            RankKey after) {
-  RankKey best = kNoKey;
-#pragma unroll 1
-  for (int j = 0; j < Scores<T>::kLoads; ++j) {
-    const int32_t first = scores.row.first_token(tile, j);
-    float values[Scores<T>::kVector];
-    scores.load(first, edge, values);
-    if (noise != nullptr) noise->add(first, values);
-#pragma unroll
-    for (int i = 0; i < Scores<T>::kVector; ++i) {
-      if (values[i] == -INFINITY) continue;
-      const RankKey key = rank_key(values[i] + 0.0f, first + i);
-      if (key < after) best = max(best, key);
-    }
-  }
-  return warp_largest(best);
-}
-
-// The argmax of score + noise among the scores that reach the edge. Tiles that cannot win are not
-// read.
-template <class T>
-__device__ RankKey draw_noisy(Group& group, const Scores<T>& scores, const Noise& noise,
-                              float edge) {
-  RankKey best = kNoKey;
-  for (int32_t tile = group.first_tile(); tile < scores.row.tiles(); tile += group.tile_step()) {
-    const float largest = scores.tile_largest(tile);
-    if (!(largest >= edge)) continue;
-    if (best != kNoKey && !(largest + kLargestNoise >= score_of(best))) continue;
-    best = max(best, tile_key(scores, &noise, edge, tile, ~RankKey{0}));
-  }
-  return group.largest(best);
-}
-
-// The sum of a warp's values up to this lane's.
-__device__ inline double warp_scan(double value) {
-  for (unsigned delta = 1; delta < kWarpSize; delta *= 2) {
-    const double before = __shfl_up_sync(~0u, value, delta);
-    if (this_lane() >= static_cast<int32_t>(delta)) value += before;
-  }
-  return value;
-}
-
-// Where the cumulative mass exceeds `target`: a lane with mass, or -1; adds the warp's to `below`.
-// `last` is the last lane with mass, or -1; `before` what lies below this lane.
-__device__ inline int32_t exceeding_lane(double mass, double target, double& below, int32_t& last,
-                                         double& before) {
-  const double up_to = warp_scan(mass);
-  const double exclusive = __shfl_up_sync(~0u, up_to, 1);
-  before = below + (this_lane() == 0 ? 0.0 : exclusive);
-  const unsigned beyond = __ballot_sync(~0u, mass > 0.0 && below + up_to > target);
-  last = kWarpSize - 1 - __clz(static_cast<int>(__ballot_sync(~0u, mass > 0.0)));
-  below += __shfl_sync(~0u, up_to, kWarpSize - 1);
-  return __ffs(static_cast<int>(beyond)) - 1;
-}
-
-// The lowest token of a tile at which the cumulative mass exceeds `target`, else the last one with
-// mass; by a warp.
-template <class T, class Law>
-__device__ int32_t draw_in_tile(const LogitRow<T>& row, const Law& law, int32_t tile, double target,
-                                double below) {
-  int32_t drawn = 0;
-#pragma unroll 1
-  for (int j = 0; j < LogitRow<T>::kLoads; ++j) {
-    const int32_t first = row.first_token(tile, j);
-    double masses[LogitRow<T>::kVector];
-    law.load(first, masses);
-    double mass = 0.0;
-#pragma unroll
-    for (const double each : masses) mass += each;
-    int32_t last;
-    double before;
-    const int32_t lane = exceeding_lane(mass, target, below, last, before);
-    int32_t here = drawn;
-    bool is_beyond = false;
-#pragma unroll
-    for (int i = 0; i < LogitRow<T>::kVector; ++i) {
-      before += masses[i];
-      if (masses[i] > 0.0 && !is_beyond) here = first + i;
-      is_beyond |= masses[i] > 0.0 && before > target;
-    }
-    if (lane >= 0) return __shfl_sync(~0u, here, lane);
-    if (last >= 0) drawn = __shfl_sync(~0u, here, last);
-  }
-  return drawn;
-}
-
-// The lowest token at which the cumulative mass exceeds `coin` times the whole. A coin so near 1
-// that the product rounds up draws the last token with mass. `tile_masses`: [tiles], scratch.
-template <class T, class Law>
-__device__ int32_t draw_by_coin(Group& group, const LogitRow<T>& row, const Law& law, double coin,
-                                double* tile_masses) {
-  SPECDEC_SHARED(int32_t, drawn, [1]);
-  const double whole = measure(group, row, law, tile_masses);
-  if (group.thread() < kWarpSize) {
-    const int32_t lane = this_lane();
-    double target = coin * whole, below = 0.0;
-    int32_t tile = -1, last_tile = 0;
-    for (int32_t first = 0; first < row.tiles() && tile < 0; first += kWarpSize) {
-      const double mass = first + lane < row.tiles() ? tile_masses[first + lane] : 0.0;
-      int32_t last;
-      double before;
-      const int32_t found = exceeding_lane(mass, target, below, last, before);
-      if (last >= 0) last_tile = first + last;
-      if (found < 0) continue;
-      tile = first + found;
-      below = __shfl_sync(~0u, before, found);
-    }
-    if (tile < 0) target = INFINITY;
-    const int32_t token = draw_in_tile(row, law, tile < 0 ? last_tile : tile, target, below);
-    if (lane == 0) drawn[0] = token;
-  }
-  __syncthreads();
-  return drawn[0];
 }
 
 }  // namespace specdec::cuda

@@ -9,6 +9,7 @@
 // Segments and summaries in global memory, and not one kernel of clusters over V: sm_80 has none,
 // and rows in numbers fill a device without. A cluster is used where there are few rows to search.
 #include "../core/acceptance.hpp"
+#include "row_draws.cuh"
 #include "summaries.cuh"
 
 namespace specdec::cuda {

@@ -16,12 +16,12 @@ template <class T>
 __device__ float margin_of(Group& group, const LogitRow<T>& row, const Summaries& summaries) {
   RankKey best = kNoKey, other = kNoKey;
   for (int32_t tile = group.thread(); tile < row.tiles(); tile += kGroupThreads) {
-    best = max(best, rank_key(summaries.maxima[tile] + 0.0f, tile));
+    best = max(best, rank_key(load_global(summaries.maxima + tile) + 0.0f, tile));
   }
   best = group.block_largest(best);
   const int32_t tile = token_of(best);
   for (int32_t i = group.thread(); i < row.tiles(); i += kGroupThreads) {
-    if (i != tile) other = max(other, rank_key(summaries.maxima[i] + 0.0f, i));
+    if (i != tile) other = max(other, rank_key(load_global(summaries.maxima + i) + 0.0f, i));
   }
   if (group.thread() < kWarpSize) {
     RankKey first = kNoKey, second = kNoKey;
