@@ -18,7 +18,9 @@ if not built_with_cuda():
 pytestmark = pytest.mark.xdist_group("cuda-code")  # disassembled once for all
 
 ARCHITECTURES = (80, 90, 100)
-OPERATORS = ("build_tree", "commit", "topk_logprobs", "tree_mask", "write_kv")
+OPERATORS = (
+    "build_tree", "commit", "sample", "topk_logprobs", "tree_mask", "verify", "write_kv"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class Budget:
 
 BUDGETS = {
     "build_tree_kernel": Budget(32, 64, 0, 0.5),
+    "clear_ids_kernel": Budget(256, 16, 0, 1.0),
     "commit_finish_kernel<uint16_t>": Budget(128, 48, 0, 0.62),
     "commit_finish_kernel<uint2>": Budget(128, 48, 0, 0.62),
     "commit_finish_kernel<uint32_t>": Budget(128, 48, 0, 0.62),
@@ -46,6 +49,15 @@ BUDGETS = {
     "commit_move_kernel<uint2>": Budget(128, 88, 0, 0.31),
     "commit_move_kernel<uint32_t>": Budget(128, 80, 0, 0.37),
     "commit_move_kernel<uint4>": Budget(128, 104, 0, 0.25, vectors=8),
+    "draw_kernel<float>": Budget(256, 208, 16708, 0.12, vectors=8),
+    "draw_kernel<uint16_t>": Budget(256, 208, 16708, 0.12, vectors=4),
+    "map_ids_kernel": Budget(256, 16, 0, 1.0),
+    "score_path_kernel<float>": Budget(256, 64, 256, 0.5, vectors=4),
+    "score_path_kernel<uint16_t>": Budget(256, 64, 256, 0.5, vectors=2),
+    "summarize_kernel<float>": Budget(64, 56, 0, 0.56, vectors=4),
+    "summarize_kernel<uint16_t>": Budget(64, 56, 0, 0.56, vectors=2),
+    "test_kernel<float>": Budget(256, 248, 16708, 0.12, vectors=8),
+    "test_kernel<uint16_t>": Budget(256, 248, 16708, 0.12, vectors=4),
     "topk_large_kernel<Bfloat16>": Budget(256, 56, 1128, 0.5),
     "topk_large_kernel<Half>": Budget(256, 56, 1128, 0.5),
     "topk_large_kernel<float>": Budget(256, 56, 1128, 0.5),
@@ -54,10 +66,18 @@ BUDGETS = {
     "topk_segment_kernel<Half>": Budget(256, 88, 18532, 0.25, vectors=4),
     "topk_segment_kernel<float>": Budget(256, 80, 18532, 0.37, vectors=8),
     "tree_mask_kernel": Budget(256, 32, 16384, 1.0),
+    "typical_kernel<float>": Budget(256, 248, 16708, 0.12, vectors=8),
+    "typical_kernel<uint16_t>": Budget(256, 248, 16708, 0.12, vectors=4),
+    "walk_kernel<float>": Budget(256, 216, 16708, 0.12, vectors=8),
+    "walk_kernel<uint16_t>": Budget(256, 216, 16708, 0.12, vectors=4),
     "write_kv_kernel<uint16_t>": Budget(256, 40, 0, 0.75),
     "write_kv_kernel<uint2>": Budget(256, 40, 0, 0.75),
     "write_kv_kernel<uint32_t>": Budget(256, 40, 0, 0.75),
     "write_kv_kernel<uint4>": Budget(256, 40, 0, 0.75, vectors=1),
+    "write_law_kernel<float>": Budget(256, 80, 0, 0.37, vectors=1),
+    "write_law_kernel<uint16_t>": Budget(256, 104, 0, 0.25, vectors=1),
+    "write_probs_kernel<float>": Budget(256, 40, 0, 0.75, vectors=1),
+    "write_probs_kernel<uint16_t>": Budget(256, 56, 0, 0.5, vectors=1),
 }
 
 

@@ -96,7 +96,7 @@ ROWS = (
     Row(
         "verify",
         {"B": 2, "N": 8, "V": 8000},
-        11.2,
+        10.6,
         why="the same, and filters are searched as in sample",
     ),
     Row("build_tree", {"B": 1, "T": 5, "K": 10, "N": 60, "beams": True}, 1.0),
