@@ -260,7 +260,8 @@ MISTAKES = {
     # mistake: file, text, what stands there instead, tool, report
     "missing_barrier": (
         "group.cuh", "mine[thread() / kWarpSize] = key;\n    __syncthreads();",
-        "mine[thread() / kWarpSize] = key;", "thread", r"data race .* in specdec::cuda::Group::",
+        "mine[thread() / kWarpSize] = key;", "thread",
+        r"data race(?s:.)*?#0 .*specdec::cuda::(open_row|Group::block_largest)",
     ),
     "write_after_read": (
         "group.cuh", "return block_turn_ ^= 1;", "return 0;", "thread",
@@ -269,7 +270,7 @@ MISTAKES = {
     "missing_cluster_barrier": (
         "row_law.cuh", "  group.sync();\n  double total = 0.0;",
         "  __syncthreads();\n  double total = 0.0;", "thread",
-        r"data race .* in (double )?specdec::cuda::(sum_tiles|measure)",
+        r"data race(?s:.)*?#[01] double specdec::cuda::(sum_tiles|measure)",
     ),
     "out_of_bounds": (
         "logit_row.cuh", "if (first + i < vocab) values[i] = widened(",

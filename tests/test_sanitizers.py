@@ -143,6 +143,9 @@ BARRIERS = [
         ("tree_mask", "tree_mask.cu"),
         ("topk_logprobs", "topk_logprobs.cu"),
         ("topk_logprobs", "ranked.cuh"),
+        ("sample", "group.cuh"),
+        ("verify", "acceptance.cuh"),
+        ("verify", "node_laws.cuh"),
     )
     for number, line in enumerate((ROOT / "csrc" / "cuda" / source).read_text("utf-8").splitlines())
     if line.strip().startswith(("__syncthreads();", "__syncwarp();"))

@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <memory>
 
+#include "../core/verify.hpp"
 #include "draft_law.hpp"
 #include "sampling.hpp"
-#include "../core/verify.hpp"
 
 namespace specdec::SPECDEC_ISA {
 

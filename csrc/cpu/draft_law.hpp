@@ -3,9 +3,9 @@
 
 #include <cmath>
 
+#include "../core/verify.hpp"
 #include "simd.hpp"
 #include "vector_math.hpp"
-#include "../core/verify.hpp"
 
 namespace specdec::SPECDEC_ISA {
 

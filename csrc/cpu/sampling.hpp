@@ -5,10 +5,10 @@
 #include <cstdint>
 
 #include "../core/acceptance.hpp"
+#include "../core/sample.hpp"
 #include "edge.hpp"
 #include "kept_law.hpp"
 #include "row_blocks.hpp"
-#include "../core/sample.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
 
