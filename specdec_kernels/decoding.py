@@ -45,7 +45,8 @@ Listener = Callable[[int, list[int], int], None]
 """Called with (row, new tokens, how many of them, from the front, were accepted draft tokens)."""
 
 Recorder = Callable[[int, Tensor, Tensor], None]
-"""Called with (row, logits [n, V], processed logits [n, V] float32) of the row's next n tokens."""
+"""Called with (row, logits [n, V], processed logits [n, V] float32) of the row's next n tokens,
+before they are appended: a row that ends earlier leaves the last ones unused."""
 
 
 @dataclass(slots=True)
@@ -107,7 +108,7 @@ def decode(
         listener: receives tokens as they are committed.
         budget: limits trees to what pays; None leaves them to the drafter.
         process: changes the logits before they are filtered and sampled.
-        recorder: receives the logits of every token that is appended.
+        recorder: receives the logits of every token, before it is appended.
         agree: makes all processes of a distributed target decide alike: given the tensors of a
             decision, returns those that all go by.
 
@@ -139,12 +140,12 @@ def decode(
         path, num_accepted, next_tokens, status = agree(results)
         _check_status(status, rows.sequences, proposer)
         before = sum(stats.num_accepted)
-        kept = _push_step(rows, stats, tree, path, num_accepted, next_tokens)
         if recorder is not None:
-            for row, count in enumerate(kept):
-                nodes = path[row, :count].long()
-                if count:
+            for row, count in enumerate(num_accepted.tolist()):
+                if rows.active[row]:
+                    nodes = path[row, : count + 1].long()
                     recorder(row, logits[row, nodes], scored(row, nodes))
+        kept = _push_step(rows, stats, tree, path, num_accepted, next_tokens)
         # Stop rules come first: tokens after a stop are never committed.
         target.commit(path, torch.tensor(kept, dtype=torch.int32, device=target.device))
         stats.forward_seconds += forwarded - drafted

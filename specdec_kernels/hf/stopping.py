@@ -28,6 +28,8 @@ class StopRule:
     Attributes:
         max_length: most tokens of a padded row.
         default_pad: what to pad finished rows with if nothing else is said.
+        scores_of: (row, number of new tokens) -> their scores [1, V] each, for criteria that read
+            them; None without `output_scores`.
 
     Raises:
         ValueError: no length limit or one that leaves no room; a criterion for drafting models.
@@ -44,6 +46,8 @@ class StopRule:
         self._clocks: list[Any] = []
         self._others: list[Any] = []
         self._pads = pads
+        self._prompt_length = prompt_length
+        self.scores_of: Callable[[int, int], tuple[Tensor, ...] | None] = lambda row, count: None
         self._agree = agree
         limits = []
         self.default_pad = 0
@@ -80,8 +84,14 @@ class StopRule:
             return is_end
         pads = self._pads[row]
         ids = torch.cat([pads, torch.tensor(sequence, device=pads.device)])[None]
-        return any(_is_met(criterion(ids, None)) for criterion in self._others)
+        scores = self.scores_of(row, ids.shape[1] - self._prompt_length)
+        return any(_is_met(criterion, criterion(ids, scores)) for criterion in self._others)
 
 
-def _is_met(answer: bool | Tensor) -> bool:
-    return bool(answer.any()) if isinstance(answer, Tensor) else bool(answer)
+def _is_met(criterion: Any, answer: bool | Tensor) -> bool:
+    if isinstance(answer, Tensor) and answer.numel() != 1:
+        raise ValueError(
+            f"stopping criterion {type(criterion).__name__} must answer for [1, L] tokens, "
+            f"got {list(answer.shape)} answers: rows end one by one"
+        )
+    return bool(answer)
