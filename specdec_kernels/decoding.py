@@ -20,7 +20,7 @@ from .proposing import Proposer
 from .sampling import NO_SUCH_DRAW
 from .shapes import PAD
 from .statistics import DecodeStats
-from .tree import DraftKind, Proposal, TokenTree
+from .tree import DraftKind, Proposal, TokenTree, agreed
 
 
 class Target(Protocol):
@@ -47,6 +47,15 @@ Listener = Callable[[int, list[int], int], None]
 Recorder = Callable[[int, Tensor, Tensor], None]
 """Called with (row, logits [n, V], processed logits [n, V] float32) of the row's next n tokens,
 before they are appended: a row that ends earlier leaves the last ones unused."""
+
+
+Agree = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+"""Given integer tensors, of one shape in every process, returns those that all go by."""
+
+
+def alone(decision: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`Agree` of a single process."""
+    return decision
 
 
 @dataclass(slots=True)
@@ -91,7 +100,7 @@ def decode(
     budget: Budget | None = None,
     process: LogitsProcessing | None = None,
     recorder: Recorder | None = None,
-    agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda decision: decision,
+    agree: Agree = alone,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Continue every prompt as the target alone would.
 
@@ -109,8 +118,7 @@ def decode(
         budget: limits trees to what pays; None leaves them to the drafter.
         process: changes the logits before they are filtered and sampled.
         recorder: receives the logits of every token, before it is appended.
-        agree: makes all processes of a distributed target decide alike: given the tensors of a
-            decision, returns those that all go by.
+        agree: makes all processes of a distributed target score the same trees and decide alike.
 
     Returns:
         the sequences, prompts included, and statistics. A drafter that raises, or proposes what is
@@ -131,6 +139,8 @@ def decode(
 
     while any(rows.active):
         proposal = proposer.propose(_context(rows, target, sampling, budget))
+        if agree is not alone:
+            proposal = agreed(proposal, agree)
         tree = proposal.tree
         drafted = time.perf_counter()
         logits = target.forward(tree)
@@ -263,7 +273,7 @@ def _prefill(
     sampling: SamplingParams,
     process: LogitsProcessing | None,
     recorder: Recorder | None,
-    agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+    agree: Agree,
 ) -> None:
     """Fill the cache, and push the first token of every row."""
     logits = target.prefill(rows.sequences)
