@@ -101,6 +101,7 @@ def decode(
     process: LogitsProcessing | None = None,
     recorder: Recorder | None = None,
     agree: Agree = alone,
+    stats: DecodeStats | None = None,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Continue every prompt as the target alone would.
 
@@ -119,6 +120,7 @@ def decode(
         process: changes the logits before they are filtered and sampled.
         recorder: receives the logits of every token, before it is appended.
         agree: makes all processes of a distributed target score the same trees and decide alike.
+        stats: filled while decoding, for who wants to watch; new ones if None.
 
     Returns:
         the sequences, prompts included, and statistics. A drafter that raises, or proposes what is
@@ -131,7 +133,7 @@ def decode(
     check_rule(rule)
     start = time.perf_counter()
     rows = _Rows([list(p) for p in prompts], max_lengths, should_stop, listener)
-    stats = DecodeStats.start(len(prompts))
+    stats = stats or DecodeStats.start(len(prompts))
     proposer = Proposer(drafter, stats, budget)
     proposer.begin(len(prompts))
     _prefill(target, proposer, rows, sampling, process, recorder, agree)

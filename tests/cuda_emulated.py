@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from specdec_kernels.ops.build_tree import empty_outputs as empty_trees
 from specdec_kernels.registry import BACKENDS, OPS
 from specdec_kernels.shapes import num_words
 
@@ -40,7 +41,7 @@ def install() -> None:
     BACKENDS[BACKEND] = "cpu"
     global emulated
     emulated = load()
-    for function in (tree_mask, write_kv, commit, topk_logprobs):
+    for function in (tree_mask, write_kv, commit, topk_logprobs, build_tree):
         OPS[function.__name__].implement(BACKEND)(function)
 
 
@@ -98,3 +99,21 @@ def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     logprobs, tokens = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
     emulated.topk_logprobs(logits, k, logprobs, tokens)
     return logprobs, tokens
+
+
+def build_tree(
+    roots: Tensor,
+    candidates: Tensor,
+    logprobs: Tensor,
+    budgets: Tensor,
+    candidate_parents: Tensor | None = None,
+    *,
+    max_nodes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the operator."""
+    emulated.check_max_nodes(max_nodes)
+    outputs = empty_trees(
+        roots, candidates, logprobs, budgets, candidate_parents, max_nodes=max_nodes
+    )
+    emulated.build_tree(roots, candidates, logprobs, budgets, candidate_parents, *outputs)
+    return outputs

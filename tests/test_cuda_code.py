@@ -18,7 +18,7 @@ if not built_with_cuda():
 pytestmark = pytest.mark.xdist_group("cuda-code")  # disassembled once for all
 
 ARCHITECTURES = (80, 90, 100)
-OPERATORS = ("commit", "topk_logprobs", "tree_mask", "write_kv")
+OPERATORS = ("build_tree", "commit", "topk_logprobs", "tree_mask", "write_kv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Budget:
 
 
 BUDGETS = {
+    "build_tree_kernel": Budget(32, 64, 0, 0.5),
     "commit_finish_kernel<uint16_t>": Budget(128, 48, 0, 0.62),
     "commit_finish_kernel<uint2>": Budget(128, 48, 0, 0.62),
     "commit_finish_kernel<uint32_t>": Budget(128, 48, 0, 0.62),

@@ -28,6 +28,7 @@ from .compiled import Backend, compiled_capacity
 from .cost import cost_key
 from .features import HFTargetView
 from .options import Options
+from .packing import packed_linears
 from .processors import Processors, fused_bias
 from .ranks import agreement
 from .record import ScoreRecord
@@ -69,9 +70,11 @@ class SpeculativeDecoder:
             temperature 0 is a greedy row. They need `do_sample=True`.
         compile: run the steps under `torch.compile`, with trees padded to a few sizes; True, or a
             backend that it takes.
+        pack: keep packed copies of 16-bit weights on the CPU, from which steps are up to twice as
+            fast; None where they fit into half of the free memory. Not with `compile`.
 
     Attributes:
-        stats: `DecodeStats` of the last call.
+        stats: `DecodeStats` of the last call; of the running one while it runs.
         totals: `TotalStats` of all calls.
 
     Raises:
@@ -92,6 +95,7 @@ class SpeculativeDecoder:
         top_p: Sequence[float] | None = None,
         min_p: Sequence[float] | None = None,
         compile: Backend = False,
+        pack: bool | None = None,
     ) -> None:
         self.drafter = make_drafter(drafter) if isinstance(drafter, str) else drafter
         check_rule(rule)
@@ -103,6 +107,7 @@ class SpeculativeDecoder:
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         self.per_row = {name: values for name, values in given.items() if values is not None}
         self.compile = compile
+        self.pack = pack
         self.stats: DecodeStats | None = None
         self.totals = TotalStats()
         self._budgets: dict[str, Budget] = {}  # by model
@@ -177,12 +182,14 @@ class SpeculativeDecoder:
         stop.scores_of = record.scores_of
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
+        self.stats = DecodeStats.start(len(prompts))
         with (
             tree_attention_in(model),
+            packed_linears(model, False if self.compile else self.pack),
             _attached(self.drafter, target),
             target.cache.in_use(),
         ):
-            sequences, self.stats = decode(
+            sequences, _ = decode(
                 target,
                 self.drafter,
                 prompts,
@@ -195,6 +202,7 @@ class SpeculativeDecoder:
                 process=process or None,
                 recorder=record or None,
                 agree=agree,
+                stats=self.stats,
             )
             target.cache.hold(sequences)
         self.totals.add(self.stats)
@@ -267,6 +275,7 @@ def generate(
     streamer: BaseStreamer | None = None,
     budget: Budget | bool | None = None,
     compile: Backend = False,
+    pack: bool | None = None,
     **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """`model.generate` with speculation, and with the arguments that it keeps from custom loops.
@@ -275,7 +284,7 @@ def generate(
         model: any causal language model of transformers.
         inputs: [B, P] int64 prompt tokens, left-padded; or pass `input_ids=`.
         generation_config: as for `model.generate`; what it leaves open is the model's own.
-        drafter, seed, rule, budget, compile: as in `SpeculativeDecoder`.
+        drafter, seed, rule, budget, compile, pack: as in `SpeculativeDecoder`.
         streamer: as in `SpeculativeDecoder`, and ended whatever happens.
         **kwargs: everything else that `model.generate` takes; see `options.py` for those that ask
             for a drafter or for another loop. `temperature`, `top_k`, `top_p` and `min_p` may be
@@ -301,6 +310,7 @@ def generate(
             streamer=streamer,
             budget=budget,
             compile=compile,
+            pack=pack,
             **options.per_row(),
         )
         options.check_loop()

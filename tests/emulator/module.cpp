@@ -73,6 +73,18 @@ void run_topk_logprobs(const TensorView& logits, int64_t k, const TensorView& lo
   cuda::topk_logprobs(params, scratch.data(), nullptr);
 }
 
+void run_build_tree(const TensorView& roots, const TensorView& candidates,
+                    const TensorView& logprobs, const TensorView& budgets,
+                    const OptionalView& candidate_parents, const TensorView& tokens,
+                    const TensorView& parents, const TensorView& num_nodes,
+                    const TensorView& scores) {
+  const BuildTreeParams params = build_tree_params(
+      roots, candidates, logprobs, budgets, candidate_parents, tokens.size(1),
+      {tokens.as<int64_t>(), parents.as<int32_t>(), num_nodes.as<int32_t>(), scores.as<float>()});
+  std::vector<uint64_t> scratch(cuda::build_tree_scratch_bytes(params) / 8, ~uint64_t{0});
+  cuda::build_tree(params, scratch.data(), nullptr);
+}
+
 // What ran since the last call.
 py::dict take_counters() {
   const emu::Counters c = std::exchange(emu::counters, {});
@@ -81,7 +93,8 @@ py::dict take_counters() {
                   "warp_operations"_a = c.warp_operations, "atomics"_a = c.atomics,
                   "loaded_bytes"_a = c.loaded_bytes, "stored_bytes"_a = c.stored_bytes,
                   "copied_bytes"_a = c.copied_bytes, "matrix_loads"_a = c.matrix_loads,
-                  "bank_conflicts"_a = c.bank_conflicts, "matrix_products"_a = c.matrix_products);
+                  "bank_conflicts"_a = c.bank_conflicts, "matrix_products"_a = c.matrix_products,
+                  "matrix_flops"_a = c.matrix_flops);
 }
 
 }  // namespace
@@ -103,5 +116,7 @@ PYBIND11_MODULE(cuda_emulated, module) {
   module.def("tree_mask", &run_tree_mask);
   module.def("write_kv", &run_write_kv);
   module.def("commit", &run_commit);
+  module.def("check_max_nodes", &check_max_nodes);
+  module.def("build_tree", &run_build_tree);
   module.def("topk_logprobs", &run_topk_logprobs);
 }
