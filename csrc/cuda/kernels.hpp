@@ -10,6 +10,7 @@ namespace specdec {
 
 struct CommitParams;
 struct TopkLogprobsParams;
+struct TreeAttentionParams;
 struct TreeMaskParams;
 struct WriteKvParams;
 
@@ -24,6 +25,8 @@ void write_kv(const WriteKvParams& params, Stream stream);
 // `scratch` is device memory of that many bytes, with contents that do not matter.
 size_t topk_logprobs_scratch_bytes(const TopkLogprobsParams& params);
 void topk_logprobs(const TopkLogprobsParams& params, void* scratch, Stream stream);
+size_t tree_attention_scratch_bytes(const TreeAttentionParams& params);
+void tree_attention(const TreeAttentionParams& params, void* scratch, Stream stream);
 
 }  // namespace cuda
 }  // namespace specdec

@@ -104,6 +104,7 @@ struct Machine {
   Thread* current = nullptr;
   dim3 grid, block;
   Order order = Order::kForward;
+  int processors = 8;  // that a kernel is told of
   uint64_t seed = 0, random_state = 1;
   Fiber scheduler;
   std::vector<Thread*> ready;
