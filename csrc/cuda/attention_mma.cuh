@@ -18,9 +18,9 @@ struct MmaTile {
   static constexpr int kWarpsOfRows = kRows / 16, kWarpsOfKeys = kWarps / kWarpsOfRows;
   static constexpr int kKeys = kWarpsOfKeys == 4 ? 64 : 32, kWarpKeys = kKeys / kWarpsOfKeys;
   static constexpr int kStages = kKeys * kDim > 96 * 64 ? 2 : 3;
-  static constexpr int kChunks = kDim / 8;                                // of 16 bytes, in a row
-  static constexpr int kResident = kDim <= 64 ? 4 : kDim <= 128 ? 3 : 2;  // blocks, by registers
-  static constexpr bool kKeepsQ = kDim <= 128;
+  static constexpr int kChunks = kDim / 8;                               // of 16 bytes, in a row
+  static constexpr int kResident = kRows > 16 ? 2 : kDim <= 64 ? 4 : 3;  // blocks, by registers
+  static constexpr bool kKeepsQ = kRows == 16 && kDim <= 96;  // in registers; else they are too few
 
   static constexpr int kQBytes = kRows * kDim * 2, kTileBytes = kKeys * kDim * 2;
   static constexpr int kStateStride = kDim + 8;  // floats; without bank conflicts
@@ -89,7 +89,7 @@ __device__ inline void fetch_tile(const AttentionParams& params, const Work& wor
   const CacheView &k = params.call.k_cache, &v = params.call.v_cache;
   const T* k_head = static_cast<const T*>(k.data) + work.g * k.stride_g;
   const T* v_head = static_cast<const T*>(v.data) + work.g * v.stride_g;
-#pragma unroll
+#pragma unroll 2
   for (int32_t first = 0; first < kCopies; first += Tile::kThreads) {
     const int32_t i = first + static_cast<int32_t>(threadIdx.x);
     if (kCopies % Tile::kThreads != 0 && i >= kCopies) break;
@@ -312,8 +312,9 @@ __global__ void __launch_bounds__(MmaTile<kDim, kRows>::kThreads, MmaTile<kDim, 
     state.add(q, kept_q, keys, keys + Tile::kTileBytes / 2, scale, is_masked, seen);
   }
   cp_async_wait<0>();
-  __syncthreads();  // the states take the place of the tiles
+  __syncthreads();
 
+  // The states take the place of the tiles.
   float* const sums = reinterpret_cast<float*>(shared);
   float* const largest = sums + Tile::kWarpsOfKeys * kRows * Tile::kStateStride;
   float* const weights = largest + Tile::kWarpsOfKeys * kRows;

@@ -49,28 +49,30 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int32_t num_splits = is_node ? range.num_active : 0, dims = call.v_cache.head_dim;
   const int64_t first = params.partial(b, g, 0) + of_head, step = params.rows();
 
-  float largest = -INFINITY, weight = 0.0f;
+  float largest = -INFINITY, weight = 0.0f, sums[kMaxHeadDim / 32] = {};
   for (int32_t split = lane; split < num_splits; split += 32) {
     largest = fmaxf(largest, load_global(params.largest + first + split * step));
   }
   largest = warp_max(largest);
   const float base = base_of(largest);
-  for (int32_t split = lane; split < num_splits; split += 32) {
-    const int64_t partial = first + split * step;
-    weight += load_global(params.weights + partial) * power_of_2(params.largest[partial] - base);
-  }
-  weight = warp_sum(weight);
-
-  float sums[kMaxHeadDim / 32] = {};
-  for (int32_t split = 0; split < num_splits; ++split) {
-    const int64_t partial = first + split * step;
-    const float share = power_of_2(params.largest[partial] - base);
+  for (int32_t start = 0; start < num_splits; start += 32) {
+    float share = 0.0f;  // of the lane's split
+    if (start + lane < num_splits) {
+      const int64_t partial = first + (start + lane) * step;
+      share = power_of_2(load_global(params.largest + partial) - base);
+      weight += share * load_global(params.weights + partial);
+    }
+    for (int32_t split = start; split < min(start + 32, num_splits); ++split) {
+      const float factor = __shfl_sync(~0u, share, split - start);
+      const float* added = params.sums + (first + split * step) * dims;
 #pragma unroll
-    for (int32_t c = 0; c < kMaxHeadDim / 32; ++c) {
-      const int32_t column = 32 * c + lane;
-      if (column < dims) sums[c] += share * load_global(params.sums + partial * dims + column);
+      for (int32_t c = 0; c < kMaxHeadDim / 32; ++c) {
+        const int32_t column = 32 * c + lane;
+        if (column < dims) sums[c] += factor * load_global(added + column);
+      }
     }
   }
+  weight = warp_sum(weight);
   const RowEnd end = end_of_row(call, head, is_node, largest, weight);
   if (lane == 0) store_lse(call, b, node, head, end.lse);
   T* out = static_cast<T*>(call.out) + out_offset(call, b, node, head);
