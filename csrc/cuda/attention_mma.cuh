@@ -39,6 +39,11 @@ struct MmaTile {
   }
 };
 
+// Where a key and its value lie.
+struct RowPlaces {
+  int64_t k, v;
+};
+
 // Eight elements of a row of q from `column` on, zeros outside.
 template <class T>
 __device__ inline uint4 load_query(const AttentionParams& params, int64_t b, int32_t head,
@@ -80,29 +85,44 @@ __device__ inline void load_queries(const AttentionParams& params, const Work& w
   }
 }
 
-// Starts to copy the keys and values of a tile.
-template <class T, int kDim, int kRows>
-__device__ inline void fetch_tile(const AttentionParams& params, const Work& work,
-                                  const KeyRange& range, int32_t tile, T* k_tile, T* v_tile) {
-  using Tile = MmaTile<kDim, kRows>;
+// Starts to copy the keys and values of the slots from `first_slot` on; `places(slot)` are elements
+// from `k` and from `v`.
+template <class Tile, class T, class Places>
+__device__ inline void copy_tile(const AttentionParams& params, int32_t first_slot, int32_t end,
+                                 const T* k, const T* v, T* k_tile, T* v_tile, Places places) {
   constexpr int32_t kCopies = Tile::kKeys * Tile::kChunks;
-  const CacheView &k = params.call.k_cache, &v = params.call.v_cache;
-  const T* k_head = static_cast<const T*>(k.data) + work.g * k.stride_g;
-  const T* v_head = static_cast<const T*>(v.data) + work.g * v.stride_g;
+  const int32_t k_dims = params.call.k_cache.head_dim, v_dims = params.call.v_cache.head_dim;
 #pragma unroll 2
   for (int32_t first = 0; first < kCopies; first += Tile::kThreads) {
     const int32_t i = first + static_cast<int32_t>(threadIdx.x);
     if (kCopies % Tile::kThreads != 0 && i >= kCopies) break;
     const int32_t key = i / Tile::kChunks, column = i % Tile::kChunks * 8;
-    const int32_t slot = range.first + tile * Tile::kKeys + key;
-    const bool is_inside = slot < range.end;
-    const SlotPlace place = is_inside ? place_of(params, work.b, slot) : SlotPlace{0, 0};
-    const bool has_k = is_inside && column < k.head_dim, has_v = is_inside && column < v.head_dim;
-    const int64_t k_row = place.page * k.stride_c + place.offset * k.stride_s;
-    const int64_t v_row = place.page * v.stride_c + place.offset * v.stride_s;
-    const int32_t target = Tile::at(key, column / 8);
-    cp_async16(k_tile + target, has_k ? k_head + k_row + column : k_head, has_k ? 16 : 0);
-    cp_async16(v_tile + target, has_v ? v_head + v_row + column : v_head, has_v ? 16 : 0);
+    const int32_t slot = first_slot + key, target = Tile::at(key, column / 8);
+    const bool is_inside = slot < end;
+    const bool has_k = is_inside && column < k_dims, has_v = is_inside && column < v_dims;
+    const RowPlaces rows = is_inside ? places(slot) : RowPlaces{0, 0};
+    cp_async16(k_tile + target, has_k ? k + rows.k + column : k, has_k ? 16 : 0);
+    cp_async16(v_tile + target, has_v ? v + rows.v + column : v, has_v ? 16 : 0);
+  }
+}
+
+template <class Tile, class T>
+__device__ inline void fetch_tile(const AttentionParams& params, const Work& work,
+                                  const KeyRange& range, int32_t tile, T* k_tile, T* v_tile) {
+  const CacheView &k = params.call.k_cache, &v = params.call.v_cache;
+  const T* k_head = static_cast<const T*>(k.data) + work.g * k.stride_g;
+  const T* v_head = static_cast<const T*>(v.data) + work.g * v.stride_g;
+  const int32_t slot = range.first + tile * Tile::kKeys;
+  if (params.call.slots.page_table == nullptr) {
+    copy_tile<Tile>(params, slot, range.end, k_head + work.b * k.stride_c,
+                    v_head + work.b * v.stride_c, k_tile, v_tile,
+                    [&](int32_t s) { return RowPlaces{s * k.stride_s, s * v.stride_s}; });
+  } else {
+    copy_tile<Tile>(params, slot, range.end, k_head, v_head, k_tile, v_tile, [&](int32_t s) {
+      const SlotPlace place = page_of(params, work.b, s);
+      return RowPlaces{place.page * k.stride_c + place.offset * k.stride_s,
+                       place.page * v.stride_c + place.offset * v.stride_s};
+    });
   }
 }
 
@@ -153,15 +173,14 @@ __device__ inline void MmaState<T, kDim, kRows>::add(
   }
 
   float now[2] = {largest[0], largest[1]};
+  scale.apply<false>(logits);
 #pragma unroll
   for (int32_t block = 0; block < kBlocks; ++block) {
 #pragma unroll
     for (int32_t i = 0; i < 4; ++i) {
-      float& logit = logits[block][i];
-      logit = scale.template logit<false>(logit);
       const int32_t key = 8 * block + 2 * (lane % 4) + i % 2;
-      if (is_masked && (seen[i / 2] >> key & 1) == 0) logit = -INFINITY;
-      now[i / 2] = fmaxf(now[i / 2], logit);
+      if (is_masked && (seen[i / 2] >> key & 1) == 0) logits[block][i] = -INFINITY;
+      now[i / 2] = fmaxf(now[i / 2], logits[block][i]);
     }
   }
   float base[2];
@@ -266,7 +285,7 @@ __global__ void __launch_bounds__(MmaTile<kDim, kRows>::kThreads, MmaTile<kDim, 
   const auto fetch = [&](int32_t tile) {
     if (tile < last) {
       T* k_tile = tiles + (tile - begin) % Tile::kStages * Tile::kTileBytes;  // 2 of half as many
-      fetch_tile<T, kDim, kRows>(params, work, range, tile, k_tile, k_tile + Tile::kTileBytes / 2);
+      fetch_tile<Tile>(params, work, range, tile, k_tile, k_tile + Tile::kTileBytes / 2);
     }
     cp_async_commit();
   };

@@ -114,18 +114,19 @@ __device__ inline void PlainState::add_key(const float* q, const float* key, int
                                            const LogitScale& scale, const uint32_t (&seen)[kRows],
                                            float* probs) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
-  float dots[kRows] = {};
+  float dots[1][kRows] = {};
 #pragma unroll 2
   for (int32_t d = 0; d < dims; d += 4) {
     const float4 k = *reinterpret_cast<const float4*>(key + d);
 #pragma unroll
     for (int32_t r = 0; r < kRows; ++r) {
-      dots[r] += dot4(*reinterpret_cast<const float4*>(q + r * dims + d), k);
+      dots[0][r] += dot4(*reinterpret_cast<const float4*>(q + r * dims + d), k);
     }
   }
+  scale.apply<true>(dots);
 #pragma unroll
   for (int32_t r = 0; r < kRows; ++r) {
-    const float logit = (seen[r] >> lane & 1) != 0 ? scale.logit<true>(dots[r]) : -INFINITY;
+    const float logit = (seen[r] >> lane & 1) != 0 ? dots[0][r] : -INFINITY;
     const float now = fmaxf(largest[r], warp_max(logit)), base = base_of(now);
     const float keep = power_of_2(largest[r] - base), prob = power_of_2(logit - base);
     largest[r] = now;

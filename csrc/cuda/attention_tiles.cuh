@@ -26,7 +26,7 @@ struct AttentionParams {
   bool has_wide_q;     // its rows may be read 16 bytes at a time
   bool has_wide_kv;
 
-  __device__ int32_t rows() const { return call.nodes * group; }
+  SPECDEC_HD int32_t rows() const { return call.nodes * group; }
   __device__ int64_t partial(int64_t b, int32_t g, int32_t split) const {
     return ((b * call.k_cache.heads + g) * num_splits + split) * rows();
   }
@@ -80,17 +80,22 @@ __device__ inline KeyRange key_range(const AttentionParams& params, int64_t b, i
   return range;
 }
 
-// Row of the cache, in elements from its start; pages that are not count as the first or last one.
+// Pages that are not count as the first or last one.
 struct SlotPlace {
-  int64_t page, offset;
+  int64_t page;
+  int32_t offset;
 };
 
-__device__ inline SlotPlace place_of(const AttentionParams& params, int64_t b, int32_t slot) {
+__device__ inline SlotPlace page_of(const AttentionParams& params, int64_t b, int32_t slot) {
   const SlotMap& slots = params.call.slots;
-  if (slots.page_table == nullptr) return {b, slot};
   const int32_t index = params.page_shift >= 0 ? slot >> params.page_shift : slot / slots.page_size;
   const int32_t page = slots.page_table[b * slots.stride_b + index * slots.stride_m];
   return {min(max(page, 0), slots.pages - 1), slot - index * slots.page_size};
+}
+
+__device__ inline SlotPlace place_of(const AttentionParams& params, int64_t b, int32_t slot) {
+  if (params.call.slots.page_table == nullptr) return {b, slot};
+  return page_of(params, b, slot);
 }
 
 // The `num` lowest bits; none if num <= 0, all if num >= 64.
@@ -129,7 +134,7 @@ __device__ inline uint64_t seen_slots(const TreeAttentionParams& call, int64_t b
 // tanh, with an error of about 2^-23 of it if kIsAccurate, else of 1.
 template <bool kIsAccurate>
 __device__ inline float soft_tanh(float x) {
-  const float result = 1.0f - 2.0f / (power_of_2(x * (2.0f * kLog2E)) + 1.0f);
+  const float result = 1.0f - __fdividef(2.0f, power_of_2(x * (2.0f * kLog2E)) + 1.0f);
   if (!kIsAccurate) return result;
   const float square = x * x;
   float series = -0.005905857f * square + 0.020805374f;
@@ -147,9 +152,16 @@ struct LogitScale {
       : inner(call.softcap > 0.0f ? call.scale / call.softcap : call.scale * kLog2E),
         outer(call.softcap * kLog2E) {}
 
-  template <bool kIsAccurate>
-  __device__ float logit(float dot) const {
-    return outer > 0.0f ? soft_tanh<kIsAccurate>(dot * inner) * outer : dot * inner;
+  template <bool kIsAccurate, int kBlocks, int kNum>
+  __device__ void apply(float (&dots)[kBlocks][kNum]) const {
+#pragma unroll
+    for (int32_t i = 0; i < kBlocks * kNum; ++i) dots[i / kNum][i % kNum] *= inner;
+    if (outer <= 0.0f) return;
+#pragma unroll
+    for (int32_t i = 0; i < kBlocks * kNum; ++i) {
+      float& dot = dots[i / kNum][i % kNum];
+      dot = soft_tanh<kIsAccurate>(dot) * outer;
+    }
   }
 };
 
@@ -176,7 +188,7 @@ __device__ inline RowEnd end_of_row(const TreeAttentionParams& call, int32_t hea
   }
   const bool has_law = weight > 0.0f && weight < INFINITY;
   const float lse = weight == 0.0f ? -INFINITY : (largest + log2f(weight)) * kLn2;
-  return {has_law ? factor / weight : 0.0f, lse};
+  return {has_law ? __fdividef(factor, weight) : 0.0f, lse};
 }
 
 // 0 times a sum that is not finite is still 0.

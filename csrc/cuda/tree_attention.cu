@@ -36,17 +36,19 @@ __global__ void __launch_bounds__(kMergeThreads)
     attend_merge_kernel(const __grid_constant__ AttentionParams params) {
   const TreeAttentionParams& call = params.call;
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
-  const int64_t index = int64_t{blockIdx.x} * (kMergeThreads / 32) + threadIdx.x / 32;
-  const int64_t heads = index / params.rows();  // key/value heads of all requests
-  const int32_t of_head = static_cast<int32_t>(index % params.rows());
-  const int64_t b = heads / call.k_cache.heads;
-  const int32_t g = static_cast<int32_t>(heads % call.k_cache.heads);
+  const uint32_t index = blockIdx.x * (kMergeThreads / 32) + threadIdx.x / 32,
+                 rows = static_cast<uint32_t>(params.rows()),
+                 heads = static_cast<uint32_t>(call.k_cache.heads);
+  const int64_t b = index / rows / heads;
+  const int32_t g = static_cast<int32_t>(index / rows % heads),
+                of_head = static_cast<int32_t>(index % rows);
   if (b >= call.batch) return;
   const KeyRange range = key_range(params, b, params.tile_keys);
   if (range.num_active == 1) return;
   const int32_t node = of_head / params.group, head = g * params.group + of_head % params.group;
   const bool is_node = node < range.count;
   const int32_t num_splits = is_node ? range.num_active : 0, dims = call.v_cache.head_dim;
+  const int32_t columns = (dims + 31 - lane) / 32;  // of the lane, 32 apart
   const int64_t first = params.partial(b, g, 0) + of_head, step = params.rows();
 
   float largest = -INFINITY, weight = 0.0f, sums[kMaxHeadDim / 32] = {};
@@ -62,13 +64,15 @@ __global__ void __launch_bounds__(kMergeThreads)
       share = power_of_2(load_global(params.largest + partial) - base);
       weight += share * load_global(params.weights + partial);
     }
-    for (int32_t split = start; split < min(start + 32, num_splits); ++split) {
+    const int32_t stop = min(start + 32, num_splits);
+#pragma unroll 2
+    for (int32_t split = start; split < stop; ++split) {
       const float factor = __shfl_sync(~0u, share, split - start);
       const float* added = params.sums + (first + split * step) * dims;
 #pragma unroll
       for (int32_t c = 0; c < kMaxHeadDim / 32; ++c) {
-        const int32_t column = 32 * c + lane;
-        if (column < dims) sums[c] += factor * load_global(added + column);
+        if (c >= columns) break;
+        sums[c] += factor * load_global(added + 32 * c + lane);
       }
     }
   }
@@ -78,8 +82,8 @@ __global__ void __launch_bounds__(kMergeThreads)
   T* out = static_cast<T*>(call.out) + out_offset(call, b, node, head);
 #pragma unroll
   for (int32_t c = 0; c < kMaxHeadDim / 32; ++c) {
-    const int32_t column = 32 * c + lane;
-    if (column < dims) store_global(out + column, from_float<T>(scaled(sums[c], end.factor)));
+    if (c >= columns) break;
+    store_global(out + 32 * c + lane, from_float<T>(scaled(sums[c], end.factor)));
   }
 }
 
@@ -188,7 +192,9 @@ void tree_attention(const TreeAttentionParams& call, void* scratch, Stream strea
   const Attend attend = choose(params);
   const int64_t heads = int64_t{call.batch} * call.k_cache.heads;
   const int64_t blocks = heads * params.row_tiles * params.num_splits;
-  if (blocks > INT32_MAX) fail("tree_attention: %ld blocks are more than a launch has", blocks);
+  if (std::max(blocks, heads * params.rows()) > INT32_MAX) {
+    fail("tree_attention: B * N * H must be below 2^31 for backend 'cuda'");
+  }
   if (attend.shared > 48 << 10) {
     allow_dynamic_shared("tree_attention", attend.kernel, attend.shared);
   }

@@ -35,6 +35,7 @@ struct Counters {
   uint64_t copied_bytes;                  // global to shared memory, by cp.async
   uint64_t matrix_loads, bank_conflicts;  // ldmatrix; its 8-row phases beyond the first
   uint64_t matrix_products;               // mma.sync
+  uint64_t dynamic_shared;                // bytes, the most that a launch asked for
 };
 extern Counters counters;
 
