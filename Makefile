@@ -47,9 +47,10 @@ bench: setup ## measure operators and whole generations into results/
 	$(BIN)/specdec bench ops --json $(RESULTS)/ops.json
 	$(BIN)/specdec bench e2e --json $(RESULTS)/e2e.json
 
-bench-gpu: setup ## measure the Triton kernels on the GPU here: checked first, then timed
+bench-gpu: setup ## test the CUDA and Triton kernels on the GPU here, then measure them
 	mkdir -p $(RESULTS)
-	$(BIN)/specdec bench ops --backend triton --json $(RESULTS)/ops-gpu.json
+	$(BIN)/pytest -m gpu $(ARGS)
+	$(BIN)/specdec bench gpu --json $(RESULTS)/gpu.json
 
 bench-pytest: setup ## the operator benches under pytest-benchmark
 	$(BIN)/pytest bench $(ARGS)

@@ -169,6 +169,45 @@ TreeAttentionParams tree_attention_params(const TensorView& q, const TensorView&
   };
 }
 
+void check_max_nodes(int64_t max_nodes) {
+  if (max_nodes < 1) fail("build_tree: max_nodes must be >= 1, got %ld", max_nodes);
+}
+
+BuildTreeParams build_tree_params(const TensorView& roots, const TensorView& candidates,
+                                  const TensorView& logprobs, const TensorView& budgets,
+                                  const OptionalView& candidate_parents, int64_t max_nodes,
+                                  const BuiltTree& built) {
+  const auto parents_stride = [&](int dim) {
+    return candidate_parents ? candidate_parents->stride(dim) : 0;
+  };
+  return {
+      .roots = roots.as<int64_t>(),
+      .candidates = candidates.as<int64_t>(),
+      .logprobs = logprobs.as<float>(),
+      .budgets = budgets.as<int32_t>(),
+      .candidate_parents = candidate_parents ? candidate_parents->as<int32_t>() : nullptr,
+      .tokens = built.tokens,
+      .parents = built.parents,
+      .num_nodes = built.num_nodes,
+      .scores = built.scores,
+      .stride_roots = roots.stride(0),
+      .stride_budgets = budgets.stride(0),
+      .stride_candidates_b = candidates.stride(0),
+      .stride_candidates_t = candidates.stride(1),
+      .stride_candidates_k = candidates.stride(2),
+      .stride_logprobs_b = logprobs.stride(0),
+      .stride_logprobs_t = logprobs.stride(1),
+      .stride_logprobs_k = logprobs.stride(2),
+      .stride_parents_b = parents_stride(0),
+      .stride_parents_t = parents_stride(1),
+      .stride_parents_k = parents_stride(2),
+      .batch = int32(candidates.size(0)),
+      .depths = int32(candidates.size(1)),
+      .width = int32(candidates.size(2)),
+      .max_nodes = int32(max_nodes),
+  };
+}
+
 void check_topk(int64_t vocab, int64_t k) {
   if (k < 1 || k > vocab) {
     fail("topk_logprobs: k must be in [1, V] = [1, %ld], got %ld", vocab, k);

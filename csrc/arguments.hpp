@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "core/build_tree.hpp"
 #include "core/cache.hpp"
 #include "core/commit.hpp"
 #include "core/topk_logprobs.hpp"
@@ -67,6 +68,20 @@ TreeAttentionParams tree_attention_params(const TensorView& q, const TensorView&
                                           const OptionalView& page_table, const OptionalView& sinks,
                                           const TensorView& out, const OptionalView& lse,
                                           double scale, int64_t window, double softcap);
+
+// The results of build_tree, contiguous.
+struct BuiltTree {
+  int64_t* tokens;     // [B, N]
+  int32_t* parents;    // [B, N]
+  int32_t* num_nodes;  // [B]
+  float* scores;       // [B, N]
+};
+
+void check_max_nodes(int64_t max_nodes);
+BuildTreeParams build_tree_params(const TensorView& roots, const TensorView& candidates,
+                                  const TensorView& logprobs, const TensorView& budgets,
+                                  const OptionalView& candidate_parents, int64_t max_nodes,
+                                  const BuiltTree& built);
 
 void check_topk(int64_t vocab, int64_t k);
 TopkLogprobsParams topk_logprobs_params(const TensorView& logits, int64_t k,

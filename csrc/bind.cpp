@@ -40,6 +40,22 @@ std::tuple<Tensor, Tensor> topk_logprobs_cpu(const Tensor& logits, int64_t k) {
   return topk_logprobs(logits, k, cpu_kernels().topk_logprobs);
 }
 
+auto build_tree_cpu(const Tensor& roots, const Tensor& candidates, const Tensor& logprobs,
+                    const Tensor& budgets, OptionalTensor candidate_parents, int64_t max_nodes) {
+  check_shapes("build_tree", {roots, candidates, logprobs, budgets, candidate_parents});
+  check_max_nodes(max_nodes);
+  const int64_t batch = roots.size(0);
+  Output tokens({batch, max_nodes}, ScalarType::Long);
+  Output parents({batch, max_nodes}, ScalarType::Int);
+  Output num_nodes({batch}, ScalarType::Int);
+  Output scores({batch, max_nodes}, ScalarType::Float);
+  cpu_kernels().build_tree(build_tree_params(view(roots), view(candidates), view(logprobs),
+                                             view(budgets), view(candidate_parents), max_nodes,
+                                             {tokens.data<int64_t>(), parents.data<int32_t>(),
+                                              num_nodes.data<int32_t>(), scores.data<float>()}));
+  return released(tokens, parents, num_nodes, scores);
+}
+
 // What the reference rejects in tensor contents.
 void check_lengths(const TreeAttentionParams& params) {
   int64_t last = INT32_MIN;
@@ -98,6 +114,7 @@ STABLE_TORCH_LIBRARY_IMPL(specdec_kernels, CPU, library) {
   library.impl("tree_mask", TORCH_BOX(&specdec::tree_mask_cpu));
   library.impl("write_kv", TORCH_BOX(&specdec::write_kv_cpu));
   library.impl("commit", TORCH_BOX(&specdec::commit_cpu));
+  library.impl("build_tree", TORCH_BOX(&specdec::build_tree_cpu));
   library.impl("topk_logprobs", TORCH_BOX(&specdec::topk_logprobs_cpu));
   library.impl("tree_attention", TORCH_BOX(&specdec::tree_attention_cpu));
 }

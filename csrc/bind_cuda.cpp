@@ -76,6 +76,28 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(const Tensor& q, const Tensor& k_
       });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> build_tree_cuda(
+    const Tensor& roots, const Tensor& candidates, const Tensor& logprobs, const Tensor& budgets,
+    OptionalTensor candidate_parents, int64_t max_nodes) {
+  const OnDevice device("build_tree", roots);
+  check_shapes("build_tree", {roots, candidates, logprobs, budgets, candidate_parents});
+  check_max_nodes(max_nodes);
+  const int64_t batch = roots.size(0);
+  Tensor tokens = empty_like(roots, {batch, max_nodes}, ScalarType::Long);
+  Tensor parents = empty_like(roots, {batch, max_nodes}, ScalarType::Int);
+  Tensor num_nodes = empty_like(roots, {batch}, ScalarType::Int);
+  Tensor scores = empty_like(roots, {batch, max_nodes}, ScalarType::Float);
+  const BuildTreeParams params =
+      build_tree_params(view(roots), view(candidates), view(logprobs), view(budgets),
+                        view(candidate_parents), max_nodes,
+                        {mutable_data<int64_t>(tokens), mutable_data<int32_t>(parents),
+                         mutable_data<int32_t>(num_nodes), mutable_data<float>(scores)});
+  const int64_t bytes = static_cast<int64_t>(cuda::build_tree_scratch_bytes(params));
+  Tensor scratch = empty_like(roots, {bytes}, ScalarType::Byte);
+  cuda::build_tree(params, scratch.mutable_data_ptr(), device.stream());
+  return {tokens, parents, num_nodes, scores};
+}
+
 }  // namespace
 }  // namespace specdec
 
@@ -83,6 +105,7 @@ STABLE_TORCH_LIBRARY_IMPL(specdec_kernels, CUDA, library) {
   library.impl("tree_mask", TORCH_BOX(&specdec::tree_mask_cuda));
   library.impl("write_kv", TORCH_BOX(&specdec::write_kv_cuda));
   library.impl("commit", TORCH_BOX(&specdec::commit_cuda));
+  library.impl("build_tree", TORCH_BOX(&specdec::build_tree_cuda));
   library.impl("topk_logprobs", TORCH_BOX(&specdec::topk_logprobs_cuda));
   library.impl("tree_attention", TORCH_BOX(&specdec::tree_attention_cuda));
 }

@@ -178,10 +178,12 @@ def generate(
     )
     with status("warming up"):
         trial.warm_up(compare=compare)
-    display = None if as_json else StreamingDisplay(Console(), subject.decode)
-    report: dict[str, Any] = {"model": model, "prompt": text, **trial.run(display)}
-    if display is not None:
-        display.end()
+    report: dict[str, Any] = {"model": model, "prompt": text}
+    if as_json:
+        report |= trial.run()
+    else:
+        with StreamingDisplay(Console(), subject.decode, trial.statistics) as display:
+            report |= trial.run(display)
     with status("generating without speculation"):
         report["compare"] = trial.compare() if compare else None
     if as_json:
@@ -229,7 +231,9 @@ def e2e(
     limit_per_category: Annotated[
         int | None, typer.Option(min=1, help="At most this many prompts of each, evenly spread.")
     ] = None,
-    modes: Annotated[str, typer.Option(help="Comma-separated.")] = "generate,prompt_lookup,specdec",
+    modes: Annotated[
+        str, typer.Option(help="Comma-separated; also plain, this package without drafter.")
+    ] = "generate,prompt_lookup,specdec",
     drafter_name: DrafterName = "auto",
     max_nodes: MaxNodes = None,
     draft_model: DraftModelName = None,
@@ -286,6 +290,29 @@ def e2e(
 
 
 @bench_app.command()
+def gpu(
+    names: Annotated[
+        list[str] | None, typer.Option("--op", help="Only this operator; repeatable.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, short repeats.")] = False,
+    out: JsonOut = None,
+) -> int:
+    """Check and time the CUDA and Triton kernels on the GPU here, beside its roofline and others.
+
+    Fails if a result was wrong.
+    """
+    check_out(out)
+
+    from .bench.gpu import gpu_cases, run_gpu
+    from .tables import gpu_table
+
+    with progress_bar("measuring", len(list(gpu_cases(names, quick)))) as step:
+        record = run_gpu(names, quick=quick, progress=step)
+    publish(record, out, gpu_table(record))
+    return 1 if record["failures"] else 0
+
+
+@bench_app.command()
 def ops(
     names: Annotated[
         list[str] | None, typer.Option("--op", help="Only this operator; repeatable.")
@@ -310,6 +337,36 @@ def ops(
             progress=lambda row: step(f"{row['op']} {row['case']}"),
         )
     publish(record, out, ops_table(record["rows"]))
+
+
+@bench_app.command()
+def overhead(
+    model: Model = "smollm2",
+    drafter_name: DrafterName = "auto",
+    texts: Annotated[int, typer.Option(min=2, help="Random texts.")] = 12,
+    max_new_tokens: MaxNewTokens = 128,
+    dtype: Dtype = "bf16",
+    threads: Threads = None,
+    out: JsonOut = None,
+) -> None:
+    """Time what speculation costs on random tokens, which no drafter can predict."""
+    check_out(out)
+    options = DrafterOptions(drafter_name)
+    options.check()
+
+    from .bench.overhead import run_overhead
+    from .tables import overhead_table
+
+    subject = _load(model, dtype, threads)
+    with progress_bar("measuring", 3 * texts) as step:
+        record = run_overhead(
+            subject,
+            num_texts=texts,
+            drafter=options.make(subject),
+            max_new_tokens=max_new_tokens,
+            progress=step,
+        )
+    publish(record, out, overhead_table(record["rows"]))
 
 
 @bench_app.command()

@@ -91,6 +91,7 @@ def decode(
     process: LogitsProcessing | None = None,
     recorder: Recorder | None = None,
     agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda decision: decision,
+    stats: DecodeStats | None = None,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Continue every prompt as the target alone would.
 
@@ -110,6 +111,7 @@ def decode(
         recorder: receives the logits of every token that is appended.
         agree: makes all processes of a distributed target decide alike: given the tensors of a
             decision, returns those that all go by.
+        stats: filled while decoding, for who wants to watch; new ones if None.
 
     Returns:
         the sequences, prompts included, and statistics. A drafter that raises, or proposes what is
@@ -122,7 +124,7 @@ def decode(
     check_rule(rule)
     start = time.perf_counter()
     rows = _Rows([list(p) for p in prompts], max_lengths, should_stop, listener)
-    stats = DecodeStats.start(len(prompts))
+    stats = stats or DecodeStats.start(len(prompts))
     proposer = Proposer(drafter, stats, budget)
     proposer.begin(len(prompts))
     _prefill(target, proposer, rows, sampling, process, recorder, agree)

@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 _NEAR_TIE = 0.25  # logits: a few bfloat16 steps at the size of a top logit
+_MOST_SHARES = 8
 
 
 def backends_table(ops: dict[str, dict[str, str | None]]) -> Table:
@@ -84,11 +85,51 @@ def ops_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def gpu_table(record: dict[str, Any]) -> Table:
+    """One section per case, one row per contender; below, what was wrong and what is absent."""
+    rows, rates = record["rows"], record["rates"]
+    notes = [f"roofline: {rates['bandwidth_gbs']:g} GB/s, {rates['bf16_gflops']:g} GFLOP/s"]
+    notes[0] += f" ({rates['source']})"
+    notes += [f"WRONG {f['op']} {f['case']} {f['contender']}: {f['error']}"
+              for f in record["failures"]]  # fmt: skip
+    notes += [f"absent: {name}: {reason}" for name, reason in record["absent"].items()]
+    table = Table(
+        "op",
+        Column("case", overflow="fold"),
+        "contender",
+        *_numbers("us", "GB/s", "of roofline", "time against"),
+        caption="\n".join(notes),
+    )
+    for i, row in enumerate(rows):
+        is_first = i == 0 or (rows[i - 1]["op"], rows[i - 1]["case"]) != (row["op"], row["case"])
+        if is_first:
+            table.add_section()
+        table.add_row(
+            row["op"] if is_first else "",
+            row["case"] if is_first else "",
+            row["contender"],
+            f"{row['us']:.1f}",
+            f"{row['gbs']:.1f}",
+            f"{row['roofline']:.0%}",
+            ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row["against"].items()),
+        )
+    return table
+
+
 def cost_table(nodes: Sequence[int], seconds: Sequence[float]) -> Table:
     """Time of a forward pass by its number of tokens."""
     table = Table(*_numbers("tokens", "ms", "against 1"))
     for size, time in zip(nodes, seconds, strict=True):
         table.add_row(str(size), f"{time * 1e3:.2f}", f"{time / seconds[0]:.2f}x")
+    return table
+
+
+def overhead_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One row per way to generate."""
+    table = Table("mode", *_numbers("tok/s", "time against generate", "quartiles"))
+    for row in rows:
+        quartiles = f"{row['low']:+.1%} to {row['high']:+.1%}"
+        table.add_row(row["mode"], f"{row['tok_s']:.1f}", f"{row['slower']:+.1%}", quartiles)
     return table
 
 
@@ -120,8 +161,9 @@ def generation_lines(report: dict[str, Any], dtype: str) -> list[str]:
         f"{stats['num_accepted']} of {stats['num_drafted']} draft tokens accepted",
         f"{stats['tok_s']:.1f} tok/s with speculation",
         f"{stats['draft_seconds']:.2f} s drafting, {stats['forward_seconds']:.2f} s in the model, "
-        f"{stats['verify_seconds']:.2f} s verifying; accepted by depth: "
-        + (" ".join(f"{share:.0%}" for share in stats["acceptance_by_depth"][:8]) or "none tested"),
+        f"{stats['verify_seconds']:.2f} s verifying",
+        f"accepted by depth: {_shares(stats['acceptance_by_depth'])}; "
+        f"by rank among siblings: {_shares(stats['acceptance_by_rank'])}",
     ]
     if stats["num_failures"]:
         lines.append(f"the drafter failed {stats['num_failures']} times: {stats['failures'][0]}")
@@ -129,6 +171,10 @@ def generation_lines(report: dict[str, Any], dtype: str) -> list[str]:
         lines[1] += f", {compare['tok_s']:.1f} without: {compare['speedup']:.2f}x"
         lines.append(_agreement_line(compare["divergence"], dtype))
     return lines
+
+
+def _shares(values: Sequence[float]) -> str:
+    return " ".join(f"{share:.0%}" for share in values[:_MOST_SHARES]) or "none tested"
 
 
 def _agreement_line(divergence: dict[str, Any] | None, dtype: str) -> str:

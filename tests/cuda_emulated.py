@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from specdec_kernels.ops.build_tree import empty_outputs as empty_trees
 from specdec_kernels.ops.tree_attention import empty_outputs
 from specdec_kernels.registry import BACKENDS, OPS
 from specdec_kernels.shapes import num_words
@@ -41,7 +42,7 @@ def install() -> None:
     BACKENDS[BACKEND] = "cpu"
     global emulated
     emulated = load()
-    for function in (tree_mask, write_kv, commit, topk_logprobs, tree_attention):
+    for function in (tree_mask, write_kv, commit, topk_logprobs, build_tree, tree_attention):
         OPS[function.__name__].implement(BACKEND)(function)
 
 
@@ -140,3 +141,21 @@ def tree_attention(
         lse if return_lse else None, scale, window, softcap,
     )  # fmt: skip
     return out, lse
+
+
+def build_tree(
+    roots: Tensor,
+    candidates: Tensor,
+    logprobs: Tensor,
+    budgets: Tensor,
+    candidate_parents: Tensor | None = None,
+    *,
+    max_nodes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the operator."""
+    emulated.check_max_nodes(max_nodes)
+    outputs = empty_trees(
+        roots, candidates, logprobs, budgets, candidate_parents, max_nodes=max_nodes
+    )
+    emulated.build_tree(roots, candidates, logprobs, budgets, candidate_parents, *outputs)
+    return outputs

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import specdec_kernels
 from specdec_kernels import display
 from specdec_kernels.cli import main
 from specdec_kernels.hf.text import TextModel
+from specdec_kernels.statistics import DecodeStats
 
 FP32 = ["--dtype", "fp32"]
 EXIT = ["generate", "--prompt", "a", "--drafter", "early-exit", "--exit-layer"]
@@ -168,10 +170,47 @@ def test_a_terminal_shows_accepted_tokens_in_green(no_color: bool) -> None:
     console = Console(
         file=file, force_terminal=True, color_system="standard", no_color=no_color, _environ={}
     )
-    shown = display.StreamingDisplay(console, lambda tokens: "".join(map(chr, tokens)))
-    shown(0, [*b"ab", *b"c\x1b"], 2)
-    shown.end()
+    with display.StreamingDisplay(console, lambda tokens: "".join(map(chr, tokens))) as shown:
+        shown(0, [*b"ab", *b"c\x1b"], 2)
     assert file.getvalue() == ("abc\n" if no_color else "\x1b[1;32mab\x1b[0mc\n")
+
+
+def test_bench_overhead_compares_the_loop_with_generate(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--texts", "2", "--max-new-tokens", "6", "--json", "-", *FP32]
+    assert main(["bench", "overhead", "--model", str(folder), *options]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [row["mode"] for row in record["rows"]] == ["generate", "specdec, no drafter", "specdec"]
+    assert record["rows"][0]["slower"] == 0 and all(row["tok_s"] > 0 for row in record["rows"])
+    assert record["machine"]["settings"]["drafter"] == "AutoDrafter"
+
+
+def _watched(lines: int) -> str:
+    """What a terminal of that height gets: two steps with statistics, then an interruption."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, height=lines, _environ={})
+    stats = DecodeStats.start(1)
+    with (
+        suppress(KeyboardInterrupt),
+        display.StreamingDisplay(console, lambda t: "".join(map(chr, t)), lambda: stats) as shown,
+    ):
+        for steps in (1, 2):
+            stats.num_steps[0], stats.num_tokens[0] = steps, 5 * steps
+            shown(0, [*b"hello"], 4)
+        raise KeyboardInterrupt
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_terminal_shows_statistics_below_the_text_and_gets_its_last_line_back() -> None:
+    written = _watched(lines=24)
+    assert written.count("\x1b[1;23r") == 1
+    assert re.search(r"\x1b\[24;1H\x1b\[K\x1b\[2m5 tokens, \S+ tok/s, 5\.00 per step", written)
+    assert re.search(r"\x1b\[24;1H\x1b\[K\x1b\[2m10 tokens, \S+ tok/s, 5\.00 per step", written)
+    assert written.endswith("\n\x1b7\x1b[r\x1b[24;1H\x1b[K\x1b8")
+
+
+def test_a_low_terminal_shows_the_text_alone() -> None:
+    assert "per step" not in _watched(lines=3) and "\x1b[r" not in _watched(lines=3)
 
 
 @pytest.mark.parametrize(

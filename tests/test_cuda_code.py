@@ -19,7 +19,7 @@ if not built_with_cuda():
 pytestmark = pytest.mark.xdist_group("cuda-code")  # disassembled once for all
 
 ARCHITECTURES = (80, 90, 100)
-OPERATORS = ("commit", "topk_logprobs", "tree_attention", "tree_mask", "write_kv")
+OPERATORS = ("build_tree", "commit", "topk_logprobs", "tree_attention", "tree_mask", "write_kv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,7 @@ BUDGETS = {
     "attend_plain_kernel<float>": Budget(
         128, 128, _PLAIN_SHARED, 0.06, vectors=16, dynamic=_PLAIN_SHARED, copies=16
     ),
+    "build_tree_kernel": Budget(32, 64, 0, 0.5),
     "commit_finish_kernel<uint16_t>": Budget(128, 48, 0, 0.62),
     "commit_finish_kernel<uint2>": Budget(128, 48, 0, 0.62),
     "commit_finish_kernel<uint32_t>": Budget(128, 48, 0, 0.62),

@@ -78,7 +78,7 @@ def test_e2e_records_every_mode_category_and_prompt(
     prompts = _write_prompts(tmp_path / "prompts.jsonl")
     out = tmp_path / "new" / "folder" / "e2e.json"
     arguments = ["--model", str(folder), *FP32, "--prompts", str(prompts), "--max-new-tokens", "20"]
-    arguments += ["--drafter", "auto", "--no-budget"]
+    arguments += ["--drafter", "auto", "--no-budget", "--modes", ",".join(MODES)]
     assert main(["bench", "e2e", *arguments, "--json", str(out)]) == 0
     shown = capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == ["e2e.json"]
@@ -94,8 +94,9 @@ def test_e2e_records_every_mode_category_and_prompt(
                 "tok_s", "speedup", "tokens_per_step", "mean_tokens_per_step", "agreement"
             }  # fmt: skip
             assert row["agreement"] == 1.0 and row["tok_s"] > 0
-    plain, ours = (record["summary"][mode]["all"] for mode in ("generate", "specdec"))
-    assert plain["speedup"] == plain["tokens_per_step"] == 1.0 < ours["tokens_per_step"]
+    hf, plain, ours = (record["summary"][m]["all"] for m in ("generate", "plain", "specdec"))
+    assert hf["speedup"] == 1.0 < ours["tokens_per_step"]
+    assert hf["tokens_per_step"] == plain["tokens_per_step"] == 1.0
     steps = [19 / p["modes"]["specdec"]["tokens_per_step"] for p in record["prompts"]]
     assert ours["mean_tokens_per_step"] == pytest.approx(19 * 4 / sum(steps))
     assert [p["question_id"] for p in record["prompts"]] == [1, 3, 2, 4]
@@ -107,16 +108,17 @@ def test_e2e_records_every_mode_category_and_prompt(
 
 
 def test_another_mode_goes_first_at_each_prompt(subject: TextModel) -> None:
-    prompts = [Prompt(number, "qa", "abc") for number in range(3)]
+    prompts = [Prompt(number, "qa", "abc") for number in range(4)]
     order: list[tuple[Any, str]] = []
     run_e2e(
         subject,
         prompts,
+        modes=MODES,
         drafter=PromptLookupDrafter(),
         max_new_tokens=2,
         progress=lambda prompt, mode: order.append((prompt.question_id, mode)),
     )
-    assert order[::3] == list(enumerate(MODES)) and len(set(order)) == 9
+    assert order[::4] == list(enumerate(MODES)) and len(set(order)) == 16
 
 
 def test_e2e_reports_texts_that_part(subject: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:

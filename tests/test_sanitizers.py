@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("sanitizers")  # one worker builds for all
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cmake"
 TOOLS = ("address", "thread")
-OPERATORS = ("tree_mask", "write_kv", "commit", "topk_logprobs", "tree_attention")
+OPERATORS = ("tree_mask", "write_kv", "commit", "topk_logprobs", "build_tree", "tree_attention")
 
 FAULTS = [
     # planted fault, tool, what is reported
@@ -124,6 +124,7 @@ def test_what_was_not_waited_for_or_written_is_poison() -> None:
 BARRIERS = [
     pytest.param(operator, source, number, id=f"{source}-{number}")
     for operator, source in (
+        ("build_tree", "build_tree.cu"),
         ("tree_mask", "tree_mask.cu"),
         ("topk_logprobs", "topk_logprobs.cu"),
         ("topk_logprobs", "ranked.cuh"),
@@ -131,7 +132,7 @@ BARRIERS = [
         ("tree_attention", "attention_plain.cuh"),
     )
     for number, line in enumerate((ROOT / "csrc" / "cuda" / source).read_text("utf-8").splitlines())
-    if line.strip() == "__syncthreads();"
+    if line.strip().startswith(("__syncthreads();", "__syncwarp();"))
 ]
 
 

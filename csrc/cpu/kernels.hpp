@@ -3,6 +3,7 @@
 
 namespace specdec {
 
+struct BuildTreeParams;
 struct CommitParams;
 struct SampleParams;
 struct TopkLogprobsParams;
@@ -13,6 +14,7 @@ struct WriteKvParams;
 
 struct CpuKernels {
   const char* name;
+  void (*build_tree)(const BuildTreeParams&);
   void (*commit)(const CommitParams&);
   void (*sample)(const SampleParams&);
   void (*topk_logprobs)(const TopkLogprobsParams&);

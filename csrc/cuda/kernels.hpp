@@ -8,6 +8,7 @@
 
 namespace specdec {
 
+struct BuildTreeParams;
 struct CommitParams;
 struct TopkLogprobsParams;
 struct TreeAttentionParams;
@@ -23,6 +24,8 @@ void tree_mask(const TreeMaskParams& params, Stream stream);
 void write_kv(const WriteKvParams& params, Stream stream);
 
 // `scratch` is device memory of that many bytes, with contents that do not matter.
+size_t build_tree_scratch_bytes(const BuildTreeParams& params);
+void build_tree(const BuildTreeParams& params, void* scratch, Stream stream);
 size_t topk_logprobs_scratch_bytes(const TopkLogprobsParams& params);
 void topk_logprobs(const TopkLogprobsParams& params, void* scratch, Stream stream);
 size_t tree_attention_scratch_bytes(const TreeAttentionParams& params);

@@ -34,18 +34,25 @@ __device__ inline int32_t token_of(RankKey key) {
 // Sorts `num` keys, a power of two, largest first; by all threads of the block, which may read them
 // when it returns. Bitonic: in round (width, distance), keys that far apart are put in order,
 // falling in every other run of `width`.
-__device__ inline void sort_keys(RankKey* keys, int32_t num) {
+template <bool kIsGlobal = false>
+__device__ void sort_keys(RankKey* keys, int32_t num) {
   for (int32_t width = 2; width <= num; width *= 2) {
     for (int32_t distance = width / 2; distance > 0; distance /= 2) {
       __syncthreads();
       for (int32_t i = static_cast<int32_t>(threadIdx.x); i < num / 2;
            i += static_cast<int32_t>(blockDim.x)) {
         const int32_t low = i / distance * 2 * distance + i % distance;
-        const RankKey a = keys[low], b = keys[low + distance];
+        const RankKey a = kIsGlobal ? load_global(keys + low) : keys[low];
+        const RankKey b = kIsGlobal ? load_global(keys + low + distance) : keys[low + distance];
         const bool is_falling = (low & width) == 0;
         if ((a < b) == is_falling) {
-          keys[low] = b;
-          keys[low + distance] = a;
+          if constexpr (kIsGlobal) {
+            store_global(keys + low, b);
+            store_global(keys + low + distance, a);
+          } else {
+            keys[low] = b;
+            keys[low + distance] = a;
+          }
         }
       }
     }

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int32_t thread = static_cast<int32_t>(threadIdx.x), k = params.call.k;
   Mass mass{-INFINITY, 0.0};
   for (int32_t i = thread; i < params.segments; i += kBlockThreads) {
-    mass.add({params.largest[first + i], params.sums[first + i]});
+    mass.add({load_global(params.largest + first + i), load_global(params.sums + first + i)});
   }
   mass = block_mass(mass);
   const int64_t num_keys = int64_t{params.segments} * k;
@@ -283,12 +283,14 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   RankKey* keys = params.keys + r * params.sorted;
   for (int32_t token = thread; token < row.vocab; token += kBlockThreads) {
     const RankKey key = rank_key(row.score(token), token);
-    if (key >= bound) keys[atomicAdd(length, 1)] = key;
+    if (key >= bound) store_global(keys + atomicAdd(length, 1), key);
   }
-  for (int32_t i = params.call.k + thread; i < params.sorted; i += kBlockThreads) keys[i] = kNoKey;
-  sort_keys(keys, params.sorted);
+  for (int32_t i = params.call.k + thread; i < params.sorted; i += kBlockThreads) {
+    store_global(keys + i, kNoKey);
+  }
+  sort_keys<true>(keys, params.sorted);
   for (int32_t i = thread; i < params.call.k; i += kBlockThreads) {
-    store_result(params.call, r, i, keys[i], mass);
+    store_result(params.call, r, i, load_global(keys + i), mass);
   }
 }
 

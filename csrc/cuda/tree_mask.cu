@@ -17,7 +17,7 @@ constexpr int64_t kBlocksPerRequest = 64;
 // A parent comes before its child; a bad one counts as the root.
 __device__ int32_t parent_of(const TreeMaskParams& params, int64_t b, int32_t node) {
   const int64_t element = b * params.stride_parents_b + node * params.stride_parents_n;
-  return node == 0 ? -1 : min(max(params.parents[element], 0), node - 1);
+  return node == 0 ? -1 : min(max(load_global(params.parents + element), 0), node - 1);
 }
 
 __global__ void __launch_bounds__(kBlockThreads)

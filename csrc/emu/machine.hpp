@@ -31,11 +31,11 @@ struct Error : std::logic_error {
 // What ran since the counters were last set to zero.
 struct Counters {
   uint64_t launches, blocks, barriers, warp_operations, atomics;
-  uint64_t loaded_bytes, stored_bytes;    // global memory, through load_global and store_global
-  uint64_t copied_bytes;                  // global to shared memory, by cp.async
-  uint64_t matrix_loads, bank_conflicts;  // ldmatrix; its 8-row phases beyond the first
-  uint64_t matrix_products;               // mma.sync
-  uint64_t dynamic_shared;                // bytes, the most that a launch asked for
+  uint64_t loaded_bytes, stored_bytes;     // global memory, through load_global and store_global
+  uint64_t copied_bytes;                   // global to shared memory, by cp.async
+  uint64_t matrix_loads, bank_conflicts;   // ldmatrix; its 8-row phases beyond the first
+  uint64_t matrix_products, matrix_flops;  // mma.sync; a product and a sum are two
+  uint64_t dynamic_shared;                 // bytes, the most that a launch asked for
 };
 extern Counters counters;
 

@@ -53,6 +53,7 @@ struct ProductOperands {
 // column g; of D row g + 8 (q / 2), column 2t + q % 2.
 void multiply(Thread* const* lanes, unsigned) {
   ++counters.matrix_products;
+  counters.matrix_flops += 2 * 16 * 8 * 16;
   float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& own = *static_cast<const ProductOperands*>(lanes[lane]->input);

@@ -41,7 +41,7 @@ class Baseline:
     """Whether its run and the reference's did the same; None where each draws its own numbers."""
 
 
-def _tree_bits(inputs: Inputs) -> Tensor:
+def tree_bits(inputs: Inputs) -> Tensor:
     """[B, N, N] bool from the ancestor words."""
     nodes = inputs["ancestors"].shape[1]
     index = torch.arange(nodes, device=inputs["ancestors"].device)
@@ -49,20 +49,20 @@ def _tree_bits(inputs: Inputs) -> Tensor:
     return (words >> (index % 64) & 1).bool()
 
 
-def _dense_mask(inputs: Inputs) -> Tensor:
+def dense_mask(inputs: Inputs) -> Tensor:
     """[B, 1, N, S] bool for a full cache: the whole prefix, then the tree."""
-    bits = _tree_bits(inputs)
+    bits = tree_bits(inputs)
     prefix = bits.new_ones((*bits.shape[:2], inputs["k_cache"].shape[2] - bits.shape[2]))
     return torch.cat([prefix, bits], -1)[:, None]
 
 
 def _hf_sdpa(inputs: Inputs) -> Callable[[], Tensor]:
     q, k, v = inputs["q"], inputs["k_cache"], inputs["v_cache"]
-    return partial(sdpa_attention, q, k, v, _dense_mask(inputs), inputs["scale"])
+    return partial(sdpa_attention, q, k, v, dense_mask(inputs), inputs["scale"])
 
 
 def _gqa_sdpa(inputs: Inputs) -> Callable[[], Tensor]:
-    q, k, v, mask = inputs["q"], inputs["k_cache"], inputs["v_cache"], _dense_mask(inputs)
+    q, k, v, mask = inputs["q"], inputs["k_cache"], inputs["v_cache"], dense_mask(inputs)
 
     def call() -> Tensor:
         out = scaled_dot_product_attention(
@@ -73,7 +73,7 @@ def _gqa_sdpa(inputs: Inputs) -> Callable[[], Tensor]:
     return call
 
 
-def _same_attention(own: Run, reference: Run) -> bool:
+def same_attention(own: Run, reference: Run) -> bool:
     expected = reference.outputs[0].transpose(1, 2).float()
     error = (own.outputs.float() - expected).abs().max()
     return bool(error <= 1e-2 * expected.abs().max())
@@ -195,7 +195,7 @@ def _row_by_row(inputs: Inputs) -> Callable[[], tuple[Tensor, list[int]]]:
 
 def _same_mask(own: Run, reference: Run) -> bool:
     mask, depths = own.outputs
-    bits = _tree_bits({"ancestors": reference.outputs[0]})[0].cpu()
+    bits = tree_bits({"ancestors": reference.outputs[0]})[0].cpu()
     return torch.equal(mask, bits) and bool(depths == reference.outputs[1][0].tolist())
 
 
@@ -207,8 +207,8 @@ def _same_tree(own: Run, reference: Run) -> bool:
     return all(map(torch.equal, own.outputs, reference.outputs))
 
 
-HF_SDPA = Baseline("hf sdpa", _hf_sdpa, _same_attention)
-GQA_SDPA = Baseline("sdpa enable_gqa", _gqa_sdpa, _same_attention)
+HF_SDPA = Baseline("hf sdpa", _hf_sdpa, same_attention)
+GQA_SDPA = Baseline("sdpa enable_gqa", _gqa_sdpa, same_attention)
 ARGMAX_WALK = Baseline("argmax + walk", _argmax_walk, _same_path)
 DRAW_WALK = Baseline("hf warpers + multinomial + walk", _draw_walk, None)
 ASSISTED = Baseline("hf warpers + speculative sampling", _assisted_chain, None)

@@ -1,4 +1,4 @@
-"""The bench cases of every operator, in one table: sizes, inputs, baselines, unavoidable work."""
+"""The bench cases of every operator, in one table: sizes, inputs, baselines."""
 
 from __future__ import annotations
 
@@ -12,14 +12,7 @@ from torch import Tensor
 from ..registry import OPS
 from . import baselines as base
 from .baselines import SAMPLING, Baseline, Inputs
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The least memory traffic and arithmetic of one call."""
-
-    num_bytes: int
-    num_flops: int = 0
+from .roofline import Work, least_work
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +22,6 @@ class BenchCase:
     op: str
     sizes: dict[str, Any]
     baselines: tuple[Baseline, ...]
-    work: Callable[[Inputs, Any], Work]
-    """From the inputs and the reference's outputs."""
     make_realistic: Callable[[Inputs], Inputs]
     """Turns the operator's own test inputs into what a decoder holds."""
 
@@ -46,6 +37,10 @@ class BenchCase:
         largest = {"S": 1024, "V": 49152, "D": 64}
         return all(self.sizes.get(key, 0) <= value for key, value in largest.items())
 
+    def work(self, inputs: Inputs, outputs: Any) -> Work:
+        """Unavoidable work, from the inputs and the reference's outputs."""
+        return least_work(self.op, inputs, outputs)
+
     def inputs(self, device: str = "cpu") -> Inputs:
         """bfloat16 arguments of one call."""
         made = OPS[self.op].inputs(**self.sizes, dtype=torch.bfloat16)
@@ -60,18 +55,6 @@ def copy_to(value: Any, device: str) -> Any:
     if isinstance(value, dict):
         return {name: copy_to(item, device) for name, item in value.items()}
     return [copy_to(item, device) for item in value] if isinstance(value, list) else value
-
-
-def num_bytes(*values: Any) -> int:
-    """Bytes of the tensors, also those inside lists and tuples."""
-    return sum(
-        value.nbytes
-        if isinstance(value, Tensor)
-        else num_bytes(*value)
-        if isinstance(value, (list, tuple))
-        else 0
-        for value in values
-    )
 
 
 def _contiguous_cache(inputs: Inputs) -> Inputs:
@@ -115,39 +98,6 @@ def _unchanged(inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _attention_work(inputs: Inputs, outputs: Any) -> Work:
-    """Queries, the whole cache once for all heads of a group, the result; two products."""
-    q, k, v = inputs["q"], inputs["k_cache"], inputs["v_cache"]
-    flops = 2 * q[..., 0].numel() * k.shape[2] * (k.shape[3] + v.shape[3])
-    return Work(num_bytes(q, k, v, outputs[0]), flops)
-
-
-def _write_work(inputs: Inputs, outputs: Any) -> Work:
-    return Work(2 * num_bytes(inputs["k"], inputs["v"]))
-
-
-def _verify_work(inputs: Inputs, outputs: Any) -> Work:
-    """The rows on the path."""
-    row = inputs["logits"][0, 0].nbytes
-    return Work(int((outputs[1] + 1).sum()) * row)
-
-
-def _rows_work(inputs: Inputs, outputs: Any) -> Work:
-    return Work(num_bytes(inputs["logits"], *outputs))
-
-
-def _commit_work(inputs: Inputs, outputs: Any) -> Work:
-    """Each kept slot that changes place, read and written in every layer."""
-    path = inputs["path"][0, : int(inputs["num_kept"][0])]
-    moved = int((path != torch.arange(len(path), device=path.device)).sum())
-    slot = sum(cache[0, :, 0].nbytes for cache in (*inputs["k_caches"], *inputs["v_caches"]))
-    return Work(2 * moved * slot)
-
-
-def _small_work(inputs: Inputs, outputs: Any) -> Work:
-    return Work(num_bytes(*inputs.values(), *outputs))
-
-
 _SMALL = {"G": 3, "D": 64}  # a 135M model
 _LARGE = {"G": 8, "D": 128}  # an 8B model
 _VOCABULARIES = (32000, 49152, 151936)
@@ -166,7 +116,6 @@ CASES: tuple[BenchCase, ...] = (
             "tree_attention",
             {"B": 1, "N": nodes, "H": heads, **cache, "S": slots},
             (base.HF_SDPA, base.GQA_SDPA),
-            _attention_work,
             _contiguous_cache,
         )
         for heads, cache in ((9, _SMALL), (32, _LARGE))
@@ -178,7 +127,6 @@ CASES: tuple[BenchCase, ...] = (
             "write_kv",
             {"B": 1, "N": nodes, **cache, "S": slots},
             (base.DYNAMIC_LAYER,),
-            _write_work,
             _contiguous_cache,
         )
         for cache in (_SMALL, _LARGE)
@@ -190,39 +138,28 @@ CASES: tuple[BenchCase, ...] = (
             "commit",
             {"B": 1, "N": nodes, "L": layers, **cache, "S": 1024},
             (base.INDEX_AND_COPY,),
-            _commit_work,
             _contiguous_cache,
         )
         for layers, cache in ((30, _SMALL), (32, _LARGE))
         for nodes in (16, 64)
     ),
     *(
-        BenchCase(
-            "verify", {**rows, "greedy": True}, (base.ARGMAX_WALK,), _verify_work, _likely_drafts
-        )
+        BenchCase("verify", {**rows, "greedy": True}, (base.ARGMAX_WALK,), _likely_drafts)
         for rows in _TREE_ROWS
     ),
+    *(BenchCase("verify", rows, (base.DRAW_WALK,), _likely_drafts) for rows in _TREE_ROWS),
+    *(BenchCase("verify", rows, (base.ASSISTED,), _sampled_drafts) for rows in _CHAINS),
+    *(BenchCase("sample", rows, (base.DRAW,), _model_rows) for rows in _DRAWN_ROWS),
     *(
-        BenchCase("verify", rows, (base.DRAW_WALK,), _verify_work, _likely_drafts)
-        for rows in _TREE_ROWS
-    ),
-    *(
-        BenchCase("verify", rows, (base.ASSISTED,), _verify_work, _sampled_drafts)
-        for rows in _CHAINS
-    ),
-    *(BenchCase("sample", rows, (base.DRAW,), _rows_work, _model_rows) for rows in _DRAWN_ROWS),
-    *(
-        BenchCase(
-            "topk_logprobs", {**rows, "k": 8}, (base.LOG_SOFTMAX_TOPK,), _rows_work, _model_rows
-        )
+        BenchCase("topk_logprobs", {**rows, "k": 8}, (base.LOG_SOFTMAX_TOPK,), _model_rows)
         for rows in _DRAWN_ROWS
     ),
     *(
-        BenchCase("tree_mask", {"B": 1, "N": nodes}, (base.ROW_BY_ROW,), _small_work, _unchanged)
+        BenchCase("tree_mask", {"B": 1, "N": nodes}, (base.ROW_BY_ROW,), _unchanged)
         for nodes in (16, 64)
     ),
     *(
-        BenchCase("build_tree", {"B": 1, **sizes}, (base.PYTHON_HEAP,), _small_work, _unchanged)
+        BenchCase("build_tree", {"B": 1, **sizes}, (base.PYTHON_HEAP,), _unchanged)
         for sizes in ({"T": 5, "K": 10, "N": 60, "beams": True}, {"T": 8, "K": 8, "N": 64})
     ),
 )

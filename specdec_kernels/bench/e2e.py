@@ -19,7 +19,7 @@ from ..hf.text import Generation, TextModel
 from .machine import describe_machine
 
 BASELINE = "generate"
-MODES = (BASELINE, "prompt_lookup", "specdec")
+MODES = (BASELINE, "prompt_lookup", "plain", "specdec")
 _HF_LOOKUP_TOKENS = 10
 _WARM_UP_TOKENS = 8
 _MT_BENCH = frozenset(
@@ -98,7 +98,7 @@ def run_e2e(
     subject: TextModel,
     prompts: Sequence[Prompt],
     *,
-    modes: Sequence[str] = MODES,
+    modes: Sequence[str] = (BASELINE, "prompt_lookup", "specdec"),
     drafter: Drafter | None,
     budget: Budget | bool | None = None,
     max_new_tokens: int,
@@ -111,7 +111,7 @@ def run_e2e(
     Args:
         subject: the target; prompts go through its chat template.
         modes: "generate" is plain, "prompt_lookup" is `generate(prompt_lookup_num_tokens=10)`,
-            "specdec" is this package with `drafter`.
+            "plain" is this package without drafter, "specdec" with `drafter`.
         budget: as in `SpeculativeDecoder`.
         progress: called before each generation.
 
@@ -183,6 +183,7 @@ def _ways(
     options: dict[str, dict[str, Any]] = {
         BASELINE: {},
         "prompt_lookup": {"prompt_lookup_num_tokens": _HF_LOOKUP_TOKENS},
+        "plain": {"custom_generate": SpeculativeDecoder(None)},
         "specdec": {"custom_generate": SpeculativeDecoder(drafter, budget=budget)},
     }
     return {mode: {"do_sample": False, **options[mode]} for mode in modes}

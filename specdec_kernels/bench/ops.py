@@ -13,14 +13,19 @@ import torch
 from torch import Tensor
 
 from ..registry import BACKENDS, INTERPRETS_TRITON, OPS, Op
-from .baselines import Inputs, Run
-from .cases import CASES, BenchCase, Work, copy_to, num_bytes
+from .baselines import Baseline, Inputs, Run
+from .cases import CASES, BenchCase, copy_to
 from .machine import describe_machine, synchronize
+from .roofline import Work, num_bytes, roofline_us
 
 # A decoder streams its weights between two calls: no operand stays in a cache.
 _COLD_BYTES = 128 * 2**20
-_MAX_COPIES = 64
+_MOST_BYTES = 2**30
+_MAX_COPIES = 2048
 _MIN_ROUNDS = 5
+# Calls of one contender in a row: one alone would be timed on the caches that the others leave, its
+# code gone from them.
+_BURST, _BURST_SECONDS = 8, 0.02
 _SECONDS, _QUICK_SECONDS = 1.0, 0.1
 
 Prepare = Callable[[Inputs], Callable[[], Any]]
@@ -36,8 +41,8 @@ def run_ops(
     """Check and time each bench case of some operators.
 
     Per case: the result is compared with the reference's (so is the baseline's, where it draws no
-    random numbers), then operator and baselines are timed in turn, call by call, on operands that
-    no cache holds.
+    random numbers), then operator and baselines are timed in turn, a few calls each, on operands
+    that no cache holds.
 
     Args:
         ops: operator names; None means all.
@@ -75,17 +80,33 @@ def check_case(case: BenchCase, backend: str | None, device: str = "cpu") -> Run
     Raises:
         RuntimeError: one of them did something else than the reference.
     """
-    operator = OPS[case.op]
     inputs = case.inputs(device)
-    reference = _run(partial(prepare_op, operator, "reference"), inputs, device)
-    own = _run(partial(prepare_op, operator, backend), inputs, device)
-    if not _same(operator, own, reference):
+    reference = run_reference(case, inputs, device)
+    if not operator_agrees(case, backend, inputs, reference, device):
         raise RuntimeError(f"{case.op} {case.name}: the result differs from the reference's")
     for baseline in case.baselines:
-        agrees, run = baseline.agrees, _run(baseline.prepare, inputs, device)
-        if agrees is not None and not agrees(run, reference):
+        if not baseline_agrees(baseline, inputs, reference, device):
             raise RuntimeError(f"{case.op} {case.name}: {baseline.name} differs from the reference")
     return reference
+
+
+def run_reference(case: BenchCase, inputs: Inputs, device: str) -> Run:
+    """The reference on a copy of the inputs."""
+    return _run(partial(prepare_op, OPS[case.op], "reference"), inputs, device)
+
+
+def operator_agrees(
+    case: BenchCase, backend: str | None, inputs: Inputs, reference: Run, device: str
+) -> bool:
+    """Whether a backend does what the reference did, within the operator's tolerance."""
+    operator = OPS[case.op]
+    return _same(operator, _run(partial(prepare_op, operator, backend), inputs, device), reference)
+
+
+def baseline_agrees(baseline: Baseline, inputs: Inputs, reference: Run, device: str) -> bool:
+    """Whether a baseline does what the reference did; true where it draws its own numbers."""
+    run = _run(baseline.prepare, inputs, device)
+    return baseline.agrees is None or baseline.agrees(run, reference)
 
 
 def prepare_op(operator: Op[Any, Any], backend: str | None, inputs: Inputs) -> Callable[[], Any]:
@@ -93,10 +114,14 @@ def prepare_op(operator: Op[Any, Any], backend: str | None, inputs: Inputs) -> C
     return partial(operator, **inputs, backend=backend)
 
 
-def cold_copies(inputs: Inputs, device: str = "cpu") -> list[Inputs]:
-    """Enough copies of one call's inputs that using them in turn finds none of them in a cache."""
-    size = max(1, num_bytes(*inputs.values()))
-    return [copy_to(inputs, device) for _ in range(min(_MAX_COPIES, 2 + _COLD_BYTES // size))]
+def cold_copies(inputs: Inputs, work: Work, device: str = "cpu") -> list[Inputs]:
+    """Enough copies of one call's inputs that using them in turn finds none of them in a cache.
+
+    What counts is what a call reads and writes: of a tree's logits, only the rows on the path.
+    """
+    wanted = 2 + _COLD_BYTES // max(1, work.num_bytes)
+    fitting = 2 + _MOST_BYTES // max(1, num_bytes(*inputs.values()))
+    return [copy_to(inputs, device) for _ in range(min(_MAX_COPIES, wanted, fitting))]
 
 
 def _select(ops: Sequence[str] | None, backend: str | None) -> set[str]:
@@ -120,9 +145,11 @@ def _measure(
         partial(prepare_op, OPS[case.op], backend),
         *(baseline.prepare for baseline in case.baselines),
     ]
-    own, *others = _time_in_turn(prepares, cold_copies(inputs, device), device, seconds)
-    us, spread = _middle(own)
-    floor = round(_floor_us(case.work(inputs, reference.outputs), machine), 2)
+    work = case.work(inputs, reference.outputs)
+    copies = cold_copies(inputs, work, device)
+    own, *others = _time_in_turn(prepares, copies, device, seconds)
+    us, spread = middle(own)
+    floor = round(roofline_us(work, machine["bandwidth_gbs"], machine["bf16_gflops"]), 2)
     return [
         {
             "op": case.op,
@@ -137,12 +164,12 @@ def _measure(
             "ratio": round(other_us / us, 2),
         }
         for baseline, (other_us, other_spread) in zip(
-            case.baselines, map(_middle, others), strict=True
+            case.baselines, map(middle, others), strict=True
         )
     ]
 
 
-def _middle(samples: Sequence[float]) -> tuple[float, float]:
+def middle(samples: Sequence[float]) -> tuple[float, float]:
     """Median, and interquartile range / median."""
     low, middle, high = quantiles(samples, n=4)
     return middle, round((high - low) / middle, 3)
@@ -151,29 +178,29 @@ def _middle(samples: Sequence[float]) -> tuple[float, float]:
 def _time_in_turn(
     prepares: Sequence[Prepare], copies: Sequence[Inputs], device: str, seconds: float
 ) -> list[list[float]]:
-    """µs of each call, for each contender; the contenders take turns, and so do the copies."""
+    """µs of each call, for each contender; the contenders take turns, a burst of calls each, and
+    every call has the next copy.
+    """
     samples: list[list[float]] = [[] for _ in prepares]
     lengths = copies[0]["lengths"].clone() if "lengths" in copies[0] else None
     turn, end = 0, time.perf_counter() + seconds
     while len(samples[-1]) < _MIN_ROUNDS or time.perf_counter() < end:
         for prepare, sample in zip(prepares, samples, strict=True):
-            inputs = copies[turn % len(copies)]
-            turn += 1
-            if lengths is not None:
-                inputs["lengths"].copy_(lengths)  # `commit` advances them
-            call = prepare(inputs)
-            synchronize(device)
-            start = time.perf_counter_ns()
-            call()
-            synchronize(device)
-            sample.append((time.perf_counter_ns() - start) / 1e3)
+            burst_end = time.perf_counter() + _BURST_SECONDS
+            for _ in range(_BURST):
+                inputs = copies[turn % len(copies)]
+                turn += 1
+                if lengths is not None:
+                    inputs["lengths"].copy_(lengths)  # `commit` advances them
+                call = prepare(inputs)
+                synchronize(device)
+                start = time.perf_counter_ns()
+                call()
+                synchronize(device)
+                sample.append((time.perf_counter_ns() - start) / 1e3)
+                if time.perf_counter() > burst_end:
+                    break
     return samples
-
-
-def _floor_us(work: Work, machine: dict[str, Any]) -> float:
-    traffic: float = work.num_bytes / machine["bandwidth_gbs"] / 1e3
-    arithmetic: float = work.num_flops / machine["bf16_gflops"] / 1e3
-    return max(traffic, arithmetic)
 
 
 def _backend_name(operator: Op[Any, Any], backend: str | None) -> str:

@@ -17,6 +17,7 @@ from ..drafters.network import DraftNetwork, Level, TargetView
 from ..shapes import PAD
 from .attention import tree_attention_in
 from .growing import GrowingTarget, num_positions
+from .packing import packed_linears
 from .support import check_model
 
 
@@ -70,7 +71,7 @@ class DraftModel(DraftNetwork):
                 f"got {self.model.device}"
             )
         self._last_id = own - 1
-        with tree_attention_in(self.model):
+        with tree_attention_in(self.model), packed_linears(self.model):
             try:
                 yield
             finally:

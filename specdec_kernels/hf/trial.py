@@ -10,6 +10,7 @@ from torch import Tensor
 from ..budget import Budget
 from ..decoding import Listener
 from ..drafters import Drafter
+from ..statistics import DecodeStats
 from .generate import SpeculativeDecoder
 from .text import Generation, TextModel
 
@@ -63,6 +64,10 @@ class Trial:
         if compare:
             self._generate(num_tokens, **self._plain)
 
+    def statistics(self) -> DecodeStats | None:
+        """Of the generation under way, or the last one."""
+        return self._decoder.stats
+
     def run(self, listener: Listener | None = None) -> dict[str, Any]:
         """Generate with speculation.
 
@@ -71,7 +76,7 @@ class Trial:
         """
         self._decoder.listener = listener
         self._run = run = self._generate(self._max_new_tokens, custom_generate=self._decoder)
-        stats = self._decoder.stats
+        stats = self.statistics()
         assert stats is not None
         return {
             "text": self.subject.decode(run.tokens),

@@ -196,17 +196,52 @@ void run_tree_attention() {
   }
 }
 
+// The last tree is larger than shared memory.
+void run_build_tree() {
+  struct Case {
+    int64_t depths, width, nodes;
+    bool has_parents;
+  };
+  for (const Case& c : {Case{1, 1, 2, false}, Case{4, 5, 16, false}, Case{5, 40, 70, true},
+                        Case{3, 4, 1300, false}}) {
+    constexpr int64_t kBatch = 2;
+    const std::vector<int64_t> sizes{kBatch, c.depths, c.width};
+    const int64_t num = kBatch * c.depths * c.width;
+    std::vector<int64_t> tokens;
+    std::vector<int32_t> hang_on;
+    std::vector<float> logprobs;
+    for (int64_t i = 0; i < num; ++i) {
+      tokens.push_back(i % 7 == 6 ? -1 : i % 3);
+      hang_on.push_back(static_cast<int32_t>(i % (c.width + 1)));
+      logprobs.push_back(-0.25f * static_cast<float>(i % 5));
+    }
+    const Array candidates = std::move(longs(sizes).fill(tokens));
+    const Array gains = std::move(floats(DType::kFloat32, sizes).fill(logprobs));
+    const Array beams = ints(sizes, hang_on), roots = longs({kBatch});
+    const Array budgets = ints({kBatch}, {static_cast<int32_t>(c.nodes), 3});
+    const size_t nodes = static_cast<size_t>(kBatch * c.nodes);
+    const auto out = std::make_unique<int64_t[]>(nodes);
+    const auto parents = std::make_unique<int32_t[]>(nodes);
+    const auto num_nodes = std::make_unique<int32_t[]>(kBatch);
+    const auto scores = std::make_unique<float[]>(nodes);
+    const BuildTreeParams params = build_tree_params(
+        roots, candidates, gains, budgets, c.has_parents ? OptionalView(beams) : std::nullopt,
+        c.nodes, {out.get(), parents.get(), num_nodes.get(), scores.get()});
+    const size_t bytes = cuda::build_tree_scratch_bytes(params);
+    const auto scratch = std::make_unique<unsigned char[]>(bytes);
+    cuda::build_tree(params, scratch.get(), nullptr);
+  }
+}
+
 }  // namespace
 }  // namespace specdec
 
 int main(int argc, char** argv) {
   using namespace specdec;
   std::map<std::string, std::function<void()>> runs{
-      {"tree_mask", run_tree_mask},
-      {"write_kv", run_write_kv},
-      {"commit", run_commit},
-      {"topk_logprobs", run_topk_logprobs},
-      {"tree_attention", run_tree_attention},
+      {"build_tree", run_build_tree},       {"tree_mask", run_tree_mask},
+      {"write_kv", run_write_kv},           {"commit", run_commit},
+      {"topk_logprobs", run_topk_logprobs}, {"tree_attention", run_tree_attention},
   };
   for (const auto& [name, run] : planted_faults()) runs.emplace(name, run);
   const auto run = runs.find(argc == 3 ? argv[1] : "");

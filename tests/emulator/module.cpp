@@ -86,6 +86,18 @@ void run_tree_attention(const TensorView& q, const TensorView& k_cache, const Te
   cuda::tree_attention(params, scratch.data(), nullptr);
 }
 
+void run_build_tree(const TensorView& roots, const TensorView& candidates,
+                    const TensorView& logprobs, const TensorView& budgets,
+                    const OptionalView& candidate_parents, const TensorView& tokens,
+                    const TensorView& parents, const TensorView& num_nodes,
+                    const TensorView& scores) {
+  const BuildTreeParams params = build_tree_params(
+      roots, candidates, logprobs, budgets, candidate_parents, tokens.size(1),
+      {tokens.as<int64_t>(), parents.as<int32_t>(), num_nodes.as<int32_t>(), scores.as<float>()});
+  std::vector<uint64_t> scratch(cuda::build_tree_scratch_bytes(params) / 8, ~uint64_t{0});
+  cuda::build_tree(params, scratch.data(), nullptr);
+}
+
 // What ran since the last call.
 py::dict take_counters() {
   const emu::Counters c = std::exchange(emu::counters, {});
@@ -95,7 +107,7 @@ py::dict take_counters() {
                   "loaded_bytes"_a = c.loaded_bytes, "stored_bytes"_a = c.stored_bytes,
                   "copied_bytes"_a = c.copied_bytes, "matrix_loads"_a = c.matrix_loads,
                   "bank_conflicts"_a = c.bank_conflicts, "matrix_products"_a = c.matrix_products,
-                  "dynamic_shared"_a = c.dynamic_shared);
+                  "matrix_flops"_a = c.matrix_flops, "dynamic_shared"_a = c.dynamic_shared);
 }
 
 }  // namespace
@@ -118,6 +130,8 @@ PYBIND11_MODULE(cuda_emulated, module) {
   module.def("tree_mask", &run_tree_mask);
   module.def("write_kv", &run_write_kv);
   module.def("commit", &run_commit);
+  module.def("check_max_nodes", &check_max_nodes);
+  module.def("build_tree", &run_build_tree);
   module.def("topk_logprobs", &run_topk_logprobs);
   module.def("tree_attention", &run_tree_attention);
 }

@@ -1,0 +1,120 @@
+"""Linear layers with their weights in oneDNN's blocked layout, while this package runs the model.
+
+A step multiplies a few rows by every weight of the model. PyTorch's own product of so few bfloat16
+rows reads the weights as they lie, which on the CPU takes up to twice as long as from a packed
+copy: the layout that `torch.compile` packs its constants into, by the operators that it uses.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MOST_OF_FREE = 0.5
+"""Unasked, packed copies take at most this share of the free memory."""
+_ROWS = 16
+"""What oneDNN lays the weights out for; the layout serves any number as well."""
+_CGROUP = Path("/sys/fs/cgroup")
+_packed: weakref.WeakKeyDictionary[nn.Linear, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def packed_linears(model: nn.Module, pack: bool | None = None) -> Iterator[None]:
+    """Let the model's linear layers multiply by packed copies of their weights, and give them back.
+
+    Layers that differ from a plain `nn.Linear` are left alone: other classes, forwards of their
+    own, weights that are not on the CPU or not of a 16-bit type that its oneDNN multiplies. The
+    copies stay with the model for later calls, and are made anew when a weight has changed.
+
+    Args:
+        pack: True packs; False does not; None packs where the copies fit well into free memory.
+    """
+    linears = [] if pack is False else list(_packable_in(model))
+    if pack is None and not _fits([m for m in linears if not _is_packed(m)]):
+        linears = []
+    try:
+        for linear in linears:
+            linear.__dict__["forward"] = _forward(linear)
+        yield
+    finally:
+        for linear in linears:
+            linear.__dict__.pop("forward", None)
+
+
+def _packable_in(model: nn.Module) -> Iterator[nn.Linear]:
+    for module in model.modules():
+        if type(module) is not nn.Linear or "forward" in module.__dict__:
+            continue
+        weight = module.weight
+        is_plain = type(weight.data) is Tensor and weight.device.type == "cpu"
+        if is_plain and weight.numel() > 0 and weight.dtype in _packable_dtypes():
+            yield module
+
+
+@functools.cache
+def _packable_dtypes() -> tuple[torch.dtype, ...]:
+    operators = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
+        return ()
+    supported = {
+        torch.bfloat16: operators._is_mkldnn_bf16_supported,
+        torch.float16: operators._is_mkldnn_fp16_supported,
+    }
+    return tuple(dtype for dtype, is_supported in supported.items() if is_supported())
+
+
+def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """The layer's product, from the packed copy."""
+    weight = _copy_of(linear)
+    dtype, width, bias = linear.weight.dtype, linear.in_features, linear.bias
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def forward(input: Tensor) -> Tensor:
+        fits = input.dtype == dtype and input.shape[-1] == width and input.numel() > 0
+        if not fits or torch.is_grad_enabled():  # the product itself checks nothing
+            return nn.functional.linear(input, linear.weight, bias)
+        product: Tensor = multiply(input, weight, bias, "none", [], "")
+        return product
+
+    return forward
+
+
+def _copy_of(linear: nn.Linear) -> Tensor:
+    if not _is_packed(linear):
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
+        _packed[linear] = (_state(linear.weight), packed)
+    return _packed[linear][1]
+
+
+def _is_packed(linear: nn.Linear) -> bool:
+    return linear in _packed and _packed[linear][0] == _state(linear.weight)
+
+
+def _state(weight: Tensor) -> Any:
+    """Changes when the weight is replaced, or edited in place."""
+    return weight.data_ptr(), weight._version, weight.shape, weight.dtype
+
+
+def _fits(linears: list[nn.Linear]) -> bool:
+    needed = sum(linear.weight.nbytes for linear in linears)
+    return needed == 0 or needed <= _MOST_OF_FREE * _free_bytes()
+
+
+def _free_bytes() -> int:
+    """Memory that this process may still take, by the system and by its control group."""
+    free = []
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        free += [int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:")]
+        limit, used = ((_CGROUP / f"memory.{n}").read_text("ascii") for n in ("max", "current"))
+        free += [int(limit) - int(used)] if limit.strip() != "max" else []
+    except (OSError, ValueError):
+        pass
+    return min(free, default=0)

@@ -1,0 +1,151 @@
+"""Packed weights: the same products, kept up to date, and a model that is left as it was found."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from specdec_kernels import SpeculativeDecoder
+from specdec_kernels.hf import packing
+from specdec_kernels.hf.packing import packed_linears
+
+if torch.bfloat16 not in packing._packable_dtypes():
+    pytest.skip("oneDNN multiplies no bfloat16 on this CPU", allow_module_level=True)
+
+
+class Doubled(nn.Linear):
+    """No plain linear layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.fixture
+def layers() -> Iterator[nn.ModuleDict]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield nn.ModuleDict(
+            {
+                "plain": nn.Linear(96, 40, bias=False),
+                "biased": nn.Linear(96, 33),
+                "subclass": Doubled(96, 40),
+                "other": nn.LayerNorm(96),
+            }
+        ).bfloat16()
+
+
+def _packed(layers: nn.ModuleDict) -> set[str]:
+    return {name for name, layer in layers.items() if "forward" in layer.__dict__}
+
+
+@pytest.mark.parametrize("rows", [(0, 96), (1, 96), (2, 17, 96)])
+@pytest.mark.parametrize("name", ["plain", "biased"])
+def test_products_are_those_of_the_layer(layers, name: str, rows: tuple[int, ...]) -> None:
+    x = torch.randn(rows, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layer = layers[name]
+    exact = nn.functional.linear(
+        x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double()
+    )
+    with packed_linears(layers, True):
+        assert _packed(layers) == {"plain", "biased"}
+        got = layer(x)
+    assert got.dtype == torch.bfloat16 and got.shape == exact.shape
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_layers_are_given_back_even_after_an_error(layers) -> None:
+    with (
+        pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"),
+        packed_linears(layers, True),
+    ):
+        layers["plain"](torch.zeros(1, 7).bfloat16())
+    assert _packed(layers) == set()
+
+
+def test_another_dtype_and_gradients_take_the_layer_s_own_way(layers) -> None:
+    layer = layers["plain"]
+    with packed_linears(layers, True):
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(torch.zeros(1, 96))
+        with torch.enable_grad():
+            assert layer(torch.zeros(1, 96).bfloat16()).requires_grad
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "data"])
+def test_a_changed_weight_is_packed_anew(layers, how: str) -> None:
+    layer, x = layers["plain"], torch.randn(3, 96).bfloat16()
+    with packed_linears(layers, True):
+        before = layer(x)
+    if how == "in place":
+        layer.weight.mul_(-1)
+    elif how == "replaced":
+        layer.weight = nn.Parameter(-layer.weight)
+    else:
+        layer.weight.data = -layer.weight.data
+    with packed_linears(layers, True):
+        assert torch.equal(layer(x), -before)
+
+
+def test_layers_with_a_forward_of_their_own_keep_it(layers) -> None:
+    layers["plain"].forward = lambda x: x  # as hooks of accelerate do
+    with packed_linears(layers, True):
+        assert _packed(layers) == {"plain", "biased"}
+        assert layers["plain"](7) == 7
+    assert _packed(layers) == {"plain"}
+
+
+def test_copies_are_made_once_and_go_with_the_model(layers) -> None:
+    gc.collect()
+    before = len(packing._packed)
+    with packed_linears(layers, True):
+        copies = [copy for _, copy in packing._packed.values()]
+    with packed_linears(layers, True):
+        again = [copy for _, copy in packing._packed.values()]
+    assert all(a is b for a, b in zip(copies, again, strict=True))
+    assert len(packing._packed) == before + 2
+    del layers["plain"], layers["biased"], copies, again
+    gc.collect()
+    assert len(packing._packed) == before
+
+
+def test_float32_is_left_alone(layers) -> None:
+    with packed_linears(layers.float(), True):
+        assert _packed(layers) == set()
+
+
+@pytest.mark.parametrize(("free", "packs"), [(0, False), (2 * 73 * 96 * 2, True)])
+def test_unasked_it_needs_free_memory(layers, monkeypatch, free: int, packs: bool) -> None:
+    monkeypatch.setattr(packing, "_free_bytes", lambda: free)
+    with packed_linears(layers):
+        assert bool(_packed(layers)) == packs
+    with packed_linears(layers, False):
+        assert not _packed(layers)
+    with packed_linears(layers, True):
+        assert _packed(layers)
+
+
+def test_free_memory_is_that_of_the_control_group(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(packing, "_CGROUP", tmp_path)
+    unlimited = packing._free_bytes()
+    assert unlimited > 2**20  # MemAvailable
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert packing._free_bytes() == 4000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert packing._free_bytes() > 2**20
+
+
+def test_the_decoder_packs_and_unpacks(tiny_model, monkeypatch) -> None:
+    model = tiny_model.to(torch.bfloat16)
+    seen = []
+    monkeypatch.setattr(packing, "_forward", lambda linear: seen.append(linear) or linear.forward)
+    ids = torch.tensor([[5, 6, 7]])
+    for pack, packs in ((False, False), (True, True)):
+        decoder = SpeculativeDecoder("suffix", pack=pack)
+        model.generate(ids, max_new_tokens=4, do_sample=False, custom_generate=decoder)
+        assert bool(seen) == packs
+    assert not any("forward" in module.__dict__ for module in model.modules())
