@@ -24,7 +24,6 @@ BACKEND = cuda_emulated.BACKEND
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES)
 ID = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}.get
-MIN_TILES = 2
 
 __all__ = ["programs"]  # a fixture
 
@@ -222,13 +221,14 @@ def test_moves_the_bytes_that_it_says(
     keys = [3 + nodes, window - 1 + nodes]
     assert counters["copied_bytes"] == tiles[size] * kv_heads * sum(keys) * (D + E) * size
     tile_keys = 32 if size == 4 or nodes > 2 else 64
+    min_tiles = 4 if size == 2 and nodes > 2 else 2
     blocks = 2 * kv_heads * tiles[size]
-    useful = math.ceil(math.ceil((window + nodes) / tile_keys) / MIN_TILES)
+    useful = math.ceil(math.ceil((window + nodes) / tile_keys) / min_tiles)
     splits = max(1, min(2 * processors // blocks, useful))
     active = []
     for seen in keys:
         num = math.ceil(seen / tile_keys)
-        each = max(math.ceil(num / splits), MIN_TILES)
+        each = max(math.ceil(num / splits), min_tiles)
         active.append(max(math.ceil(num / each), 1))
     assert (splits > 1) == (processors > 1 and blocks < 32)
     partial = sum(a for a in active if a > 1) * heads * nodes
@@ -317,6 +317,20 @@ FAULTS = {
         "thread",
         r"data race(?s:.)*async_copy16(?s:.)*attend_mma_kernel",
     ),
+    "missing_wait_without_tensor_cores": (
+        "attention_plain.cuh",
+        "cp_async_wait<1>();  // the keys are here, the values may not be",
+        "",
+        "thread",
+        r"data race(?s:.)*add_key(?s:.)*attend_plain_kernel",
+    ),
+    "write_after_read_without_tensor_cores": (
+        "attention_plain.cuh",
+        "    __syncthreads();\n    if (tile + 1 < last) fetch_values(tile + 1);",
+        "    if (tile + 1 < last) fetch_values(tile + 1);",
+        "thread",
+        r"data race(?s:.)*attend_plain_kernel",
+    ),
     "out_of_bounds": (
         "attention_mma.cuh",
         "is_inside = slot < end;",
@@ -343,7 +357,13 @@ FAULTS = {
 
 @pytest.mark.xdist_group("sanitizers")
 @pytest.mark.usefixtures("programs")
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=[pytest.mark.exhaustive] * fault.endswith("without_tensor_cores"))
+        for fault in FAULTS
+    ],
+)
 def test_a_fault_planted_in_the_kernel_is_found(fault: str, tmp_path: Path) -> None:
     source, before, after, tool, report = FAULTS[fault]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

@@ -12,7 +12,6 @@
 namespace specdec::cuda {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-constexpr int32_t kMinTiles = 2;  // key tiles that are worth a partial result
 constexpr int32_t kMaxHeadDim = 256;
 
 struct AttentionParams {
@@ -22,6 +21,7 @@ struct AttentionParams {
   float* weights;  // [B, G, splits, N * group]
   int32_t group, row_tiles, num_splits;
   int32_t tile_keys;
+  int32_t min_tiles;   // that are worth a partial result
   int32_t page_shift;  // log2 of the page size; -1: no power of two
   bool has_wide_q;     // its rows may be read 16 bytes at a time
   bool has_wide_kv;
@@ -75,7 +75,7 @@ __device__ inline KeyRange key_range(const AttentionParams& params, int64_t b, i
   range.full = range.full / tile_keys;
   range.tiles = count > 0 ? (range.end - range.first + tile_keys - 1) / tile_keys : 0;
   range.full = min(range.full, range.tiles);
-  range.each = max((range.tiles + params.num_splits - 1) / params.num_splits, kMinTiles);
+  range.each = max((range.tiles + params.num_splits - 1) / params.num_splits, params.min_tiles);
   range.num_active = max((range.tiles + range.each - 1) / range.each, 1);
   return range;
 }

@@ -146,8 +146,8 @@ int64_t count_splits(const AttentionParams& params, int64_t processors) {
   const int64_t tiles = (keys + params.tile_keys - 1) / params.tile_keys;
   const int64_t partial_bytes =
       int64_t{4} * call.batch * call.q.heads * call.nodes * (call.v_cache.head_dim + 2);
-  return std::max<int64_t>(1, std::min({wanted, (tiles + kMinTiles - 1) / kMinTiles, kMaxSplits,
-                                        kMaxPartialBytes / partial_bytes}));
+  return std::max<int64_t>(1, std::min({wanted, (tiles + params.min_tiles - 1) / params.min_tiles,
+                                        kMaxSplits, kMaxPartialBytes / partial_bytes}));
 }
 
 AttentionParams plan(const TreeAttentionParams& call) {
@@ -167,6 +167,8 @@ AttentionParams plan(const TreeAttentionParams& call) {
   const Attend attend = choose(params);
   params.row_tiles = (params.rows() + attend.rows - 1) / attend.rows;
   params.tile_keys = attend.keys;
+  // A split reads at least as much of 16-bit keys and values as its partial result is moved.
+  params.min_tiles = std::max(2, 2 * attend.rows / attend.keys);
   params.num_splits = static_cast<int32_t>(count_splits(params, num_processors("tree_attention")));
   return params;
 }
