@@ -31,13 +31,18 @@ TESTING_RULES = ("token", "block", "traversal", "gd_traversal")
 @pytest.fixture(autouse=True)
 def _device() -> Iterator[None]:
     yield
-    cuda_emulated.emulated.set_device(*PLANS[0])
+    _pretend(8, 2)  # as the emulator begins
+
+
+def _pretend(processors: int, cluster: int) -> None:
+    cuda_emulated.emulated.set_processors(processors)
+    cuda_emulated.emulated.set_largest_cluster(cluster)
 
 
 def _on_every_plan(name: str, **inputs: Any) -> list[tuple[Tensor, ...]]:
     answers = []
     for plan in PLANS:
-        cuda_emulated.emulated.set_device(*plan)
+        _pretend(*plan)
         answers.append(OPS[name](**inputs, backend=BACKEND))
     return answers
 
@@ -133,7 +138,7 @@ def test_filters_keep_what_the_reference_keeps() -> None:
 
 
 def _bytes_of(name: str, plan: tuple[int, int], **inputs: Any) -> tuple[int, tuple[Tensor, ...]]:
-    cuda_emulated.emulated.set_device(*plan)
+    _pretend(*plan)
     cuda_emulated.emulated.take_counters()
     answer = OPS[name](**inputs, backend=BACKEND)
     return cuda_emulated.emulated.take_counters()["loaded_bytes"], answer

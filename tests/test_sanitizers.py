@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cmake"
 TOOLS = ("address", "thread")
 OPERATORS = (
-    "tree_mask", "write_kv", "commit", "topk_logprobs", "build_tree", "sample", "verify"
+    "tree_mask", "write_kv", "commit", "topk_logprobs", "build_tree", "tree_attention", "sample",
+    "verify",
 )  # fmt: skip
 
 FAULTS = [
@@ -146,6 +147,8 @@ BARRIERS = [
         ("sample", "group.cuh"),
         ("verify", "acceptance.cuh"),
         ("verify", "node_laws.cuh"),
+        ("tree_attention", "attention_mma.cuh"),
+        ("tree_attention", "attention_plain.cuh"),
     )
     for number, line in enumerate((ROOT / "csrc" / "cuda" / source).read_text("utf-8").splitlines())
     if line.strip().startswith(("__syncthreads();", "__syncwarp();"))

@@ -12,6 +12,7 @@ struct BuildTreeParams;
 struct CommitParams;
 struct SampleParams;
 struct TopkLogprobsParams;
+struct TreeAttentionParams;
 struct TreeMaskParams;
 struct VerifyParams;
 struct WriteKvParams;
@@ -29,6 +30,8 @@ size_t build_tree_scratch_bytes(const BuildTreeParams& params);
 void build_tree(const BuildTreeParams& params, void* scratch, Stream stream);
 size_t topk_logprobs_scratch_bytes(const TopkLogprobsParams& params);
 void topk_logprobs(const TopkLogprobsParams& params, void* scratch, Stream stream);
+size_t tree_attention_scratch_bytes(const TreeAttentionParams& params);
+void tree_attention(const TreeAttentionParams& params, void* scratch, Stream stream);
 
 size_t sample_scratch_bytes(const SampleParams& params);
 void sample(const SampleParams& params, void* scratch, Stream stream);

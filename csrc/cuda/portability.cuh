@@ -1,6 +1,6 @@
 // The one header that kernels include. nvcc gets CUDA; a C++20 compiler gets the emulator, under
-// the same names. Beyond CUDA's own: launch, allow_dynamic_shared, the functions of ptx.cuh, and
-// two macros, since a C++ compiler has no place to put a `__shared__` variable:
+// the same names. Beyond CUDA's own: launch, allow_dynamic_shared, num_processors, the functions of
+// ptx.cuh, and two macros, since a C++ compiler has no place to put a `__shared__` variable:
 //
 //   SPECDEC_SHARED(float, partial, [8]);   is   __shared__ float partial[8];
 //   SPECDEC_DYNAMIC_SHARED(float, tile);   is   float* tile, the dynamic shared memory
@@ -43,18 +43,6 @@ void launch(const char* op, void (*kernel)(Params), dim3 grid, int threads, size
                                   static_cast<cudaStream_t>(stream)));
 }
 
-// What a launch is planned for. 0 where there is no device.
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
-}
-
-inline int num_processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-
-// The most blocks that a cluster may hold; 1 where there are none.
-inline int largest_cluster() { return device_attribute(cudaDevAttrClusterLaunch) != 0 ? 8 : 1; }
-
 // `grid.x` is a multiple of `cluster`, the blocks that run at once and may wait for one another.
 template <class Params>
 void launch_clusters(const char* op, void (*kernel)(Params), dim3 grid, int threads,
@@ -80,6 +68,22 @@ void allow_dynamic_shared(const char* op, void (*kernel)(Params), size_t bytes) 
                                       static_cast<int>(bytes)));
 }
 
+// Multiprocessors of the current device.
+inline int32_t num_processors(const char* op) {
+  int device = 0, num = 0;
+  check_cuda(op, cudaGetDevice(&device));
+  check_cuda(op, cudaDeviceGetAttribute(&num, cudaDevAttrMultiProcessorCount, device));
+  return num;
+}
+
+// The most blocks that a cluster of the current device may hold; 1 where there are none.
+inline int32_t largest_cluster(const char* op) {
+  int device = 0, has_clusters = 0;
+  check_cuda(op, cudaGetDevice(&device));
+  check_cuda(op, cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device));
+  return has_clusters != 0 ? 8 : 1;
+}
+
 }  // namespace specdec
 
 #else
@@ -102,9 +106,6 @@ void launch(const char* op, void (*kernel)(Params), dim3 grid, int threads, size
               [&] { kernel(params); });
 }
 
-inline int num_processors() { return emu::device.processors; }
-inline int largest_cluster() { return emu::device.cluster; }
-
 template <class Params>
 void launch_clusters(const char* op, void (*kernel)(Params), dim3 grid, int threads,
                      unsigned cluster, void*, const std::type_identity_t<Params>& params) {
@@ -116,6 +117,10 @@ template <class Params>
 void allow_dynamic_shared(const char*, void (*kernel)(Params), size_t bytes) {
   emu::allow_dynamic_shared(reinterpret_cast<const void*>(kernel), bytes);
 }
+
+inline int32_t num_processors(const char*) { return emu::machine.processors; }
+
+inline int32_t largest_cluster(const char*) { return emu::machine.largest_cluster; }
 
 }  // namespace specdec
 #endif

@@ -111,6 +111,13 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
+// 2^x within two units in the last place; 0 below the normal numbers.
+__device__ __forceinline__ float power_of_2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
 // Rounds to nearest, ties to even; `low` in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);

@@ -158,7 +158,7 @@ DrawParams plan(const SampleParams& call, Scratch& scratch) {
   params.exchange = scratch.take<uint64_t>(rows * (kExchangeBytes / 8));
   params.tile_masses = scratch.take<double>(rows * params.row_tiles);
   params.laws = scratch.take<DrawnLaw>(rows);
-  params.is_summarized = rows < num_processors();
+  params.is_summarized = rows < num_processors("sample");
   return params;
 }
 
@@ -185,7 +185,7 @@ void sample(const SampleParams& call, void* memory, Stream stream) {
     summarize.wants_masses = call.probs != nullptr;
     summarize_rows("sample", summarize, stream);
   }
-  const unsigned blocks = group_blocks(rows);
+  const unsigned blocks = group_blocks("sample", rows);
   const dim3 tiles(static_cast<unsigned>(rows),
                    static_cast<unsigned>((params.row_tiles + kGroupWarps - 1) / kGroupWarps));
   with_element(call.sampling.dtype, [&](auto element) {

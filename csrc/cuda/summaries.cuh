@@ -45,8 +45,8 @@ inline Summaries take_summaries(Scratch& scratch, int64_t tiles) {
 }
 
 // Blocks of a group: as many as there are processors for, while requests are few.
-inline unsigned group_blocks(int64_t requests) {
-  const int64_t most = largest_cluster(), processors = num_processors();
+inline unsigned group_blocks(const char* op, int64_t requests) {
+  const int64_t most = largest_cluster(op), processors = num_processors(op);
   unsigned blocks = 1;
   while (2 * blocks <= most && 2 * blocks * requests <= processors) blocks *= 2;
   return blocks;

@@ -156,7 +156,7 @@ DecideParams plan(const VerifyParams& call, Scratch& scratch) {
   const int64_t batch = call.sampling.batch, rows = batch * call.nodes;
   params.call = call;
   params.row_tiles = num_tiles(call.sampling.vocab);
-  params.blocks = static_cast<int32_t>(group_blocks(batch));
+  params.blocks = static_cast<int32_t>(group_blocks("verify", batch));
   params.summaries = take_summaries(scratch, rows * params.row_tiles);
   params.exchange = scratch.take<uint64_t>(batch * (kExchangeBytes / 8));
   params.mass_tiles = std::max(params.row_tiles, num_tiles(call.draft.draft_vocab));
@@ -166,7 +166,7 @@ DecideParams plan(const VerifyParams& call, Scratch& scratch) {
     params.draft_ids = scratch.take<int32_t>(call.sampling.vocab);
     params.call.draft.draft_ids = params.draft_ids;
   }
-  params.is_summarized = rows > 0 && rows <= kRowsPerProcessor * num_processors();
+  params.is_summarized = rows > 0 && rows <= kRowsPerProcessor * num_processors("verify");
   params.wants_totals = call.rule != Rule::kWalk || call.next_law != nullptr;
   return params;
 }

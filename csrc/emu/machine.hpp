@@ -35,6 +35,7 @@ struct Counters {
   uint64_t copied_bytes;                   // global to shared memory, by cp.async
   uint64_t matrix_loads, bank_conflicts;   // ldmatrix; its 8-row phases beyond the first
   uint64_t matrix_products, matrix_flops;  // mma.sync; a product and a sum are two
+  uint64_t dynamic_shared;                 // bytes, the most that a launch asked for
 };
 extern Counters counters;
 
@@ -49,13 +50,6 @@ struct LaunchShape {
   size_t dynamic_shared;
   unsigned cluster = 1;  // blocks, along x
 };
-
-// The GPU that tests pretend to have, for what a launch asks of it.
-struct Device {
-  int processors = 16;
-  int cluster = 2;  // blocks, at most; 1 as on sm_80
-};
-extern Device device;
 
 // Runs `thread` for every thread of every block; throws Error.
 void launch(const LaunchShape& shape, const std::function<void()>& thread);
@@ -124,6 +118,8 @@ struct Machine {
   dim3 grid, block;
   unsigned cluster = 1;
   Order order = Order::kForward;
+  int processors = 8;       // that a kernel is told of
+  int largest_cluster = 2;  // likewise; 1 as on sm_80
   uint64_t seed = 0, random_state = 1;
   Fiber scheduler;
   std::vector<Thread*> ready;

@@ -66,6 +66,8 @@ inline void cluster_sync(emu::Location where = emu::Location::current()) {
   emu::cluster_barrier(where);
 }
 
+inline float power_of_2(float x) { return std::exp2(x); }
+
 // `low` in the low half.
 template <class T>
 uint32_t pack2(float low, float high) {

@@ -124,8 +124,18 @@ void run_verify(const TensorView& logits, const TensorView& tokens, const Tensor
   cuda::verify(params, poisoned(cuda::verify_scratch_bytes(params)).data(), nullptr);
 }
 
-// The GPU that is pretended: its processors, and blocks of a cluster.
-void set_device(int processors, int cluster) { emu::device = {processors, cluster}; }
+void run_tree_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                        const TensorView& ancestors, const TensorView& depths,
+                        const TensorView& lengths, const TensorView& num_nodes,
+                        const OptionalView& page_table, const OptionalView& sinks,
+                        const TensorView& out, const OptionalView& lse, double scale,
+                        int64_t window, double softcap) {
+  const TreeAttentionParams params =
+      tree_attention_params(q, k_cache, v_cache, ancestors, depths, lengths, num_nodes, page_table,
+                            sinks, out, lse, scale, window, softcap);
+  std::vector<uint64_t> scratch(cuda::tree_attention_scratch_bytes(params) / 8 + 1, ~uint64_t{0});
+  cuda::tree_attention(params, scratch.data(), nullptr);
+}
 
 void run_build_tree(const TensorView& roots, const TensorView& candidates,
                     const TensorView& logprobs, const TensorView& budgets,
@@ -148,7 +158,7 @@ py::dict take_counters() {
                   "loaded_bytes"_a = c.loaded_bytes, "stored_bytes"_a = c.stored_bytes,
                   "copied_bytes"_a = c.copied_bytes, "matrix_loads"_a = c.matrix_loads,
                   "bank_conflicts"_a = c.bank_conflicts, "matrix_products"_a = c.matrix_products,
-                  "matrix_flops"_a = c.matrix_flops);
+                  "matrix_flops"_a = c.matrix_flops, "dynamic_shared"_a = c.dynamic_shared);
 }
 
 }  // namespace
@@ -165,7 +175,8 @@ PYBIND11_MODULE(cuda_emulated, module) {
     }
   });
   module.def("set_order", &emu::set_order);
-  module.def("set_device", &set_device);
+  module.def("set_processors", [](int num) { emu::machine.processors = num; });
+  module.def("set_largest_cluster", [](int num) { emu::machine.largest_cluster = num; });
   module.def("take_counters", &take_counters);
   module.def("check_topk", &check_topk);
   module.def("tree_mask", &run_tree_mask);
@@ -176,4 +187,5 @@ PYBIND11_MODULE(cuda_emulated, module) {
   module.def("topk_logprobs", &run_topk_logprobs);
   module.def("sample", &run_sample);
   module.def("verify", &run_verify);
+  module.def("tree_attention", &run_tree_attention);
 }
