@@ -1,8 +1,42 @@
 #include "arguments.hpp"
 
+#include <algorithm>
+#include <charconv>
+#include <string>
+
 #include "cpu/error.hpp"
 
 namespace specdec {
+namespace {
+
+// As Python prints a float.
+std::string number(double value) {
+  char text[32];
+  std::string printed(text, std::to_chars(text, text + sizeof text, value).ptr);
+  return printed.find_first_of(".en") == std::string::npos ? printed + ".0" : printed;
+}
+
+void check_attention(const TensorView& q, const TensorView& k_cache, const TensorView& ancestors,
+                     const OptionalView& page_table, int64_t window, double softcap) {
+  const int64_t heads = q.size(1), groups = k_cache.size(1), words = num_words(q.size(2));
+  if (groups == 0 || heads % groups != 0) {
+    fail("tree_attention: query heads must be a multiple of key/value heads, got %ld and %ld",
+         heads, groups);
+  }
+  if (ancestors.size(2) != words) {
+    fail(
+        "tree_attention: ancestors must be [B, N, W] with W = ceil(N/64) = %ld, got [%ld, %ld, "
+        "%ld]",
+        words, ancestors.size(0), ancestors.size(1), ancestors.size(2));
+  }
+  check_cache_rows("tree_attention", k_cache, q.size(0), page_table);
+  if (window < 0 || softcap < 0) {
+    fail("tree_attention: window and softcap must be >= 0, got %ld and %s", window,
+         number(softcap).c_str());
+  }
+}
+
+}  // namespace
 
 int32_t int32(int64_t size) {
   if (size > INT32_MAX) fail("sizes must fit in 32 bits, got %ld", size);
@@ -103,6 +137,36 @@ CommitParams commit_params(const std::vector<TensorView>& caches, const TensorVi
     params.hidden_dtype = hidden->dtype;
   }
   return params;
+}
+
+TreeAttentionParams tree_attention_params(const TensorView& q, const TensorView& k_cache,
+                                          const TensorView& v_cache, const TensorView& ancestors,
+                                          const TensorView& depths, const TensorView& lengths,
+                                          const TensorView& num_nodes,
+                                          const OptionalView& page_table, const OptionalView& sinks,
+                                          const TensorView& out, const OptionalView& lse,
+                                          double scale, int64_t window, double softcap) {
+  check_attention(q, k_cache, ancestors, page_table, window, softcap);
+  return {
+      .q = cache_view(q),
+      .k_cache = cache_view(k_cache),
+      .v_cache = cache_view(v_cache),
+      .slots = slot_map(k_cache, page_table),
+      .ancestors = ancestors.as<int64_t>(),
+      .depths = depths.as<int32_t>(),
+      .lengths = lengths.as<int32_t>(),
+      .num_nodes = num_nodes.as<int32_t>(),
+      .sinks = sinks ? sinks->as<float>() : nullptr,
+      .out = out.data,
+      .lse = lse ? lse->as<float>() : nullptr,
+      .capacity = std::min<int64_t>(capacity(k_cache, page_table), INT32_MAX),
+      .batch = int32(q.size(0)),
+      .nodes = int32(q.size(2)),
+      .window = static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX)),
+      .scale = static_cast<float>(scale),
+      .softcap = static_cast<float>(softcap),
+      .dtype = q.dtype,
+  };
 }
 
 void check_max_nodes(int64_t max_nodes) {

@@ -10,6 +10,7 @@
 #include "core/cache.hpp"
 #include "core/commit.hpp"
 #include "core/topk_logprobs.hpp"
+#include "core/tree_attention.hpp"
 #include "core/tree_mask.hpp"
 #include "core/write_kv.hpp"
 
@@ -57,6 +58,16 @@ CommitParams commit_params(const std::vector<TensorView>& caches, const TensorVi
                            const TensorView& path, const TensorView& num_kept,
                            const OptionalView& page_table, const OptionalView& hidden,
                            const OptionalView& hidden_out, std::vector<CacheView>& cache_views);
+
+// Checks of sizes and options that no call may have; those of lengths are the host's. `ancestors`,
+// `depths`, `lengths`, `num_nodes` and `sinks` must be contiguous.
+TreeAttentionParams tree_attention_params(const TensorView& q, const TensorView& k_cache,
+                                          const TensorView& v_cache, const TensorView& ancestors,
+                                          const TensorView& depths, const TensorView& lengths,
+                                          const TensorView& num_nodes,
+                                          const OptionalView& page_table, const OptionalView& sinks,
+                                          const TensorView& out, const OptionalView& lse,
+                                          double scale, int64_t window, double softcap);
 
 // The results of build_tree, contiguous.
 struct BuiltTree {

@@ -5,15 +5,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <charconv>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "core/tree_attention.hpp"
 #include "cpu/error.hpp"
 #include "cpu/kernels.hpp"
-#include "cpu/tree_attention.hpp"
 #include "operators.hpp"
 #include "shape_table.hpp"
 #include "tensor.hpp"
@@ -57,44 +56,16 @@ auto build_tree_cpu(const Tensor& roots, const Tensor& candidates, const Tensor&
   return released(tokens, parents, num_nodes, scores);
 }
 
-// As Python prints a float.
-std::string number(double value) {
-  char text[32];
-  std::string printed(text, std::to_chars(text, text + sizeof text, value).ptr);
-  return printed.find_first_of(".en") == std::string::npos ? printed + ".0" : printed;
-}
-
-void check_attention(const Tensor& q, const Tensor& k_cache, const Tensor& ancestors,
-                     const Tensor& lengths, const Tensor& num_nodes,
-                     const OptionalTensor& page_table, int64_t window, double softcap) {
-  const int64_t batch = q.size(0), heads = q.size(1), groups = k_cache.size(1),
-                words = num_words(q.size(2));
-  if (groups == 0 || heads % groups != 0) {
-    fail("tree_attention: query heads must be a multiple of key/value heads, got %ld and %ld",
-         heads, groups);
-  }
-  if (ancestors.size(2) != words) {
-    fail(
-        "tree_attention: ancestors must be [B, N, W] with W = ceil(N/64) = %ld, got [%ld, %ld, "
-        "%ld]",
-        words, ancestors.size(0), ancestors.size(1), ancestors.size(2));
-  }
-  const TensorView keys = view(k_cache);
-  const int64_t slots = capacity(keys, view(page_table));
-  check_cache_rows("tree_attention", keys, batch, view(page_table));
-  if (window < 0 || softcap < 0) {
-    fail("tree_attention: window and softcap must be >= 0, got %ld and %s", window,
-         number(softcap).c_str());
-  }
+// What the reference rejects in tensor contents.
+void check_lengths(const TreeAttentionParams& params) {
   int64_t last = INT32_MIN;
   bool is_negative = false;
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t length = data<int32_t>(lengths)[b];
-    last = std::max(last, length + data<int32_t>(num_nodes)[b]);
-    is_negative |= length < 0;
+  for (int64_t b = 0; b < params.batch; ++b) {
+    last = std::max(last, int64_t{params.lengths[b]} + params.num_nodes[b]);
+    is_negative |= params.lengths[b] < 0;
   }
-  if (last > slots || is_negative) {
-    fail("tree_attention: lengths + num_nodes must be in [0, %ld], got %ld", slots, last);
+  if (last > params.capacity || is_negative) {
+    fail("tree_attention: lengths + num_nodes must be in [0, %ld], got %ld", params.capacity, last);
   }
 }
 
@@ -104,36 +75,12 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(const Tensor& q, const Tensor& k_c
                                               const Tensor& num_nodes, OptionalTensor page_table,
                                               OptionalTensor sinks, double scale, int64_t window,
                                               double softcap, bool return_lse) {
-  check_shapes("tree_attention",
-               {q, k_cache, v_cache, ancestors, depths, lengths, num_nodes, page_table, sinks});
-  const Tensor packed_ancestors = packed(ancestors), packed_depths = packed(depths);
-  const Tensor packed_lengths = packed(lengths), packed_nodes = packed(num_nodes);
-  const OptionalTensor packed_sinks = packed(sinks);
-  check_attention(q, k_cache, ancestors, packed_lengths, packed_nodes, page_table, window, softcap);
-  const int64_t batch = q.size(0), heads = q.size(1), nodes = q.size(2);
-  Tensor out = empty({batch, nodes, heads, v_cache.size(3)}, q.scalar_type());
-  Tensor lse = return_lse ? empty({batch, heads, nodes}, ScalarType::Float)
-                          : empty({0, 0, 0}, ScalarType::Float);
-  cpu_kernels().tree_attention({
-      .q = cache_view(view(q)),
-      .k_cache = cache_view(view(k_cache)),
-      .v_cache = cache_view(view(v_cache)),
-      .slots = slot_map(view(k_cache), view(page_table)),
-      .ancestors = data<int64_t>(packed_ancestors),
-      .depths = data<int32_t>(packed_depths),
-      .lengths = data<int32_t>(packed_lengths),
-      .num_nodes = data<int32_t>(packed_nodes),
-      .sinks = data<float>(packed_sinks),
-      .out = out.mutable_data_ptr(),
-      .lse = return_lse ? mutable_data<float>(lse) : nullptr,
-      .batch = int32(batch),
-      .nodes = int32(nodes),
-      .window = static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX)),
-      .scale = static_cast<float>(scale),
-      .softcap = static_cast<float>(softcap),
-      .dtype = dtype_of(q),
-  });
-  return {torch::stable::transpose(out, 1, 2), lse};
+  return tree_attention(q, k_cache, v_cache, ancestors, depths, lengths, num_nodes, page_table,
+                        sinks, scale, window, softcap, return_lse,
+                        [&](const TreeAttentionParams& params) {
+                          check_lengths(params);
+                          cpu_kernels().tree_attention(params);
+                        });
 }
 
 bool built_with_cuda() {

@@ -60,6 +60,22 @@ std::tuple<Tensor, Tensor> topk_logprobs_cuda(const Tensor& logits, int64_t k) {
   });
 }
 
+std::tuple<Tensor, Tensor> tree_attention_cuda(const Tensor& q, const Tensor& k_cache,
+                                               const Tensor& v_cache, const Tensor& ancestors,
+                                               const Tensor& depths, const Tensor& lengths,
+                                               const Tensor& num_nodes, OptionalTensor page_table,
+                                               OptionalTensor sinks, double scale, int64_t window,
+                                               double softcap, bool return_lse) {
+  const OnDevice device("tree_attention", q);
+  return tree_attention(
+      q, k_cache, v_cache, ancestors, depths, lengths, num_nodes, page_table, sinks, scale, window,
+      softcap, return_lse, [&](const TreeAttentionParams& params) {
+        const int64_t bytes = static_cast<int64_t>(cuda::tree_attention_scratch_bytes(params));
+        Tensor scratch = empty_like(q, {bytes}, ScalarType::Byte);
+        cuda::tree_attention(params, scratch.mutable_data_ptr(), device.stream());
+      });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> build_tree_cuda(
     const Tensor& roots, const Tensor& candidates, const Tensor& logprobs, const Tensor& budgets,
     OptionalTensor candidate_parents, int64_t max_nodes) {
@@ -91,4 +107,5 @@ STABLE_TORCH_LIBRARY_IMPL(specdec_kernels, CUDA, library) {
   library.impl("commit", TORCH_BOX(&specdec::commit_cuda));
   library.impl("build_tree", TORCH_BOX(&specdec::build_tree_cuda));
   library.impl("topk_logprobs", TORCH_BOX(&specdec::topk_logprobs_cuda));
+  library.impl("tree_attention", TORCH_BOX(&specdec::tree_attention_cuda));
 }

@@ -51,6 +51,33 @@ Tensor commit(const std::vector<Tensor>& k_caches, const std::vector<Tensor>& v_
 }
 
 template <class Run>
+std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k_cache,
+                                          const Tensor& v_cache, const Tensor& ancestors,
+                                          const Tensor& depths, const Tensor& lengths,
+                                          const Tensor& num_nodes, const OptionalTensor& page_table,
+                                          const OptionalTensor& sinks, double scale, int64_t window,
+                                          double softcap, bool return_lse, Run run) {
+  check_shapes("tree_attention",
+               {q, k_cache, v_cache, ancestors, depths, lengths, num_nodes, page_table, sinks});
+  const Tensor packed_ancestors = packed(ancestors), packed_depths = packed(depths);
+  const Tensor packed_lengths = packed(lengths), packed_nodes = packed(num_nodes);
+  const OptionalTensor packed_sinks = packed(sinks);
+  const int64_t batch = q.size(0), heads = q.size(1), nodes = q.size(2);
+  const auto made = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    return q.is_cpu() ? empty(sizes, dtype) : empty_like(q, sizes, dtype);  // the former is faster
+  };
+  Tensor out = made({batch, nodes, heads, v_cache.size(3)}, q.scalar_type());
+  Tensor lse = return_lse ? made({batch, heads, nodes}, ScalarType::Float)
+                          : made({0, 0, 0}, ScalarType::Float);
+  run(tree_attention_params(view(q), view(k_cache), view(v_cache), view(packed_ancestors),
+                            view(packed_depths), view(packed_lengths), view(packed_nodes),
+                            view(page_table), view(packed_sinks), mutable_view(out),
+                            return_lse ? OptionalView(mutable_view(lse)) : std::nullopt, scale,
+                            window, softcap));
+  return {torch::stable::transpose(out, 1, 2), lse};
+}
+
+template <class Run>
 std::tuple<Tensor, Tensor> topk_logprobs(const Tensor& logits, int64_t k, Run run) {
   check_shapes("topk_logprobs", {logits});
   check_topk(logits.size(1), k);

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels.ops.build_tree import empty_outputs as empty_trees
+from specdec_kernels.ops.tree_attention import empty_outputs
 from specdec_kernels.registry import BACKENDS, OPS
 from specdec_kernels.shapes import num_words
 
@@ -41,7 +42,7 @@ def install() -> None:
     BACKENDS[BACKEND] = "cpu"
     global emulated
     emulated = load()
-    for function in (tree_mask, write_kv, commit, topk_logprobs, build_tree):
+    for function in (tree_mask, write_kv, commit, topk_logprobs, build_tree, tree_attention):
         OPS[function.__name__].implement(BACKEND)(function)
 
 
@@ -53,6 +54,16 @@ def in_order(order: str) -> Iterator[None]:
         yield
     finally:
         emulated.set_order("forward")
+
+
+@contextmanager
+def on_processors(num: int) -> Iterator[None]:
+    """Kernels are told of that many multiprocessors, by which they split their work."""
+    emulated.set_processors(num)
+    try:
+        yield
+    finally:
+        emulated.set_processors(8)
 
 
 def tree_mask(parents: Tensor, num_nodes: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,6 +110,37 @@ def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     logprobs, tokens = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
     emulated.topk_logprobs(logits, k, logprobs, tokens)
     return logprobs, tokens
+
+
+def tree_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    ancestors: Tensor,
+    depths: Tensor,
+    lengths: Tensor,
+    num_nodes: Tensor,
+    page_table: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As the operator, on as many multiprocessors as `on_processors` says."""
+    out, lse = empty_outputs(
+        q, k_cache, v_cache, ancestors, depths, lengths, num_nodes, scale=scale,
+        return_lse=return_lse,
+    )  # fmt: skip
+    ancestors, depths = ancestors.contiguous(), depths.contiguous()
+    lengths, num_nodes = lengths.contiguous(), num_nodes.contiguous()
+    emulated.tree_attention(
+        q, k_cache, v_cache, ancestors, depths, lengths, num_nodes, page_table,
+        None if sinks is None else sinks.contiguous(), out.transpose(1, 2),
+        lse if return_lse else None, scale, window, softcap,
+    )  # fmt: skip
+    return out, lse
 
 
 def build_tree(

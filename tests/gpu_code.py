@@ -20,6 +20,8 @@ NVIDIA_GROUPS = {
     "tensor": r"(HMMA|HGMMA|UTCHMMA|DMMA)",
     "load": r"(LDG|LDGSTS|UTMALDG)",
     "load128": r"(LDG\S*\.128|LDGSTS\S*\.128|UTMALDG)",
+    "copy128": r"LDGSTS\S*\.128",
+    "matrix_load": r"LDSM",
     "store": r"STG",
     "store128": r"STG\S*\.128",
     "local": r"(LDL|STL)",
@@ -133,14 +135,20 @@ def ptx_names(library: Path) -> list[str]:
     return re.findall(r"(\S+\.sm_\d+)\.ptx", _run("cuobjdump", "-lptx", library))
 
 
-def read_kernels(path: Path, architecture: int, threads: Callable[[str], int]) -> dict[str, Code]:
-    """Inspect a cubin of several kernels, launched without dynamic shared memory.
+def read_kernels(
+    path: Path,
+    architecture: int,
+    threads: Callable[[str], int],
+    dynamic_shared: Callable[[str], int] = lambda name: 0,
+) -> dict[str, Code]:
+    """Inspect a cubin of several kernels.
 
     Args:
         threads: name of a kernel -> threads of its blocks.
+        dynamic_shared: name of a kernel -> bytes of shared memory that its launch adds.
 
     Returns:
-        `name<argument>` of each kernel -> its code.
+        `name<arguments>` of each kernel -> its code.
     """
     usages = {
         mangled: [int(number) for number in numbers]
@@ -155,8 +163,9 @@ def read_kernels(path: Path, architecture: int, threads: Callable[[str], int]) -
     codes = {}
     for mangled, text in zip(sections[1::2], sections[2::2], strict=True):
         registers, stack, shared = usages[mangled]
-        shared = max(0, shared - _RESERVED_SHARED) if architecture >= 90 else shared
         name = _readable(mangled)
+        shared = max(0, shared - _RESERVED_SHARED) if architecture >= 90 else shared
+        shared += dynamic_shared(name)
         opcodes = re.findall(_OPCODE, text, re.MULTILINE)
         codes[name] = Code(
             registers,
@@ -169,12 +178,25 @@ def read_kernels(path: Path, architecture: int, threads: Callable[[str], int]) -
 
 
 def _readable(mangled: str) -> str:
-    """`kernel<argument>` of a mangled name."""
-    match = re.search(r"([a-z_]+_kernel)(?:I(?:NS_)?\d*(\w+?)E)?E", mangled)
+    """`kernel<arguments>` of a mangled name: types and whole numbers."""
+    match = re.search(r"([a-z_]+_kernel)(I?)(.*)", mangled)
     if match is None:
         raise ValueError(f"{mangled} is not the name of a kernel")
+    name, is_template, rest = match.groups()
     builtin = {"f": "float", "j": "uint32_t", "t": "uint16_t"}
-    return f"{match[1]}<{builtin.get(match[2], match[2])}>" if match[2] else match[1]
+    arguments = []
+    while is_template and not rest.startswith("E"):
+        if number := re.match(r"Li(\d+)E", rest):
+            arguments.append(number[1])
+            rest = rest[number.end() :]
+        elif named := re.match(r"(NS_)?(\d+)", rest):  # its length, then the name
+            end = named.end() + int(named[2])
+            arguments.append(rest[named.end() : end])
+            rest = rest[end + (named[1] is not None) :]
+        else:
+            arguments.append(builtin[rest[0]])
+            rest = rest[1:]
+    return f"{name}<{', '.join(arguments)}>" if arguments else name
 
 
 def read_amdgcn(text: str, shared: int) -> Code:

@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import cuda_emulated
 import pytest
 import torch
 from gpu_code import Code, extract_cubins, ptx_names, read_kernels
@@ -18,7 +19,7 @@ if not built_with_cuda():
 pytestmark = pytest.mark.xdist_group("cuda-code")  # disassembled once for all
 
 ARCHITECTURES = (80, 90, 100)
-OPERATORS = ("build_tree", "commit", "topk_logprobs", "tree_mask", "write_kv")
+OPERATORS = ("build_tree", "commit", "topk_logprobs", "tree_attention", "tree_mask", "write_kv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,12 @@ class Budget:
     """The most that a kernel may use on any architecture, and the least occupancy.
 
     Attributes:
+        shared: bytes of shared memory, dynamic included.
         vectors: 128-bit loads that its code must hold.
+        dynamic: bytes of shared memory that its launch adds.
+        products: tensor core instructions that its code holds, neither more nor fewer.
+        matrices: `ldmatrix` of them.
+        copies: 128-bit copies to shared memory that its code must hold.
     """
 
     threads: int
@@ -34,9 +40,60 @@ class Budget:
     shared: int
     occupancy: float
     vectors: int = 0
+    dynamic: int = 0
+    products: int = 0
+    matrices: int = 0
+    copies: int = 0
 
+
+def _attention(head_dim: int, rows: int, registers: int, occupancy: float) -> Budget:
+    """Of the attention kernel on tensor cores. Its loop is unrolled once: a warp's keys times
+    D / 16 steps of q.k and D / 8 columns of p.v, with 4 or 2 warps to a tile's keys, or all of it.
+    """
+    tile_keys, warps_of_keys = (64, 4) if rows == 16 else (32, 64 // rows)
+    keys = tile_keys // warps_of_keys
+    stages = 2 if tile_keys * head_dim > 96 * 64 else 3
+    pipeline = 2 * head_dim * (rows + 2 * stages * tile_keys)
+    states = 4 * warps_of_keys * rows * (head_dim + 10)
+    return Budget(
+        threads=128,
+        registers=registers,
+        shared=max(pipeline, states),
+        occupancy=occupancy,
+        vectors=17,
+        dynamic=max(pipeline, states),
+        products=head_dim * keys // 64,
+        matrices=head_dim // 16 * (1 + keys // 8),
+        copies=16,
+    )
+
+
+_PLAIN_SHARED = 4 * (16 * (256 + 32) + 32 * (260 + 256))  # of the widest heads
 
 BUDGETS = {
+    "attend_merge_kernel<Bfloat16>": Budget(128, 40, 0, 0.75),
+    "attend_merge_kernel<Half>": Budget(128, 40, 0, 0.75),
+    "attend_merge_kernel<float>": Budget(128, 40, 0, 0.75),
+    **{
+        f"attend_mma_kernel<{element}, {head_dim}, {rows}>": _attention(head_dim, rows, *limits)
+        for element in ("Bfloat16", "Half")
+        for head_dim, rows, *limits in (
+            (64, 16, 128, 0.18),
+            (64, 64, 176, 0.12),
+            (80, 16, 152, 0.12),
+            (80, 64, 184, 0.12),
+            (96, 16, 160, 0.12),
+            (96, 64, 192, 0.12),
+            (128, 16, 160, 0.12),
+            (128, 64, 224, 0.12),
+            (256, 32, 248, 0.12),
+        )
+    },
+    "attend_plain_kernel<Bfloat16>": Budget(128, 128, _PLAIN_SHARED, 0.06, dynamic=_PLAIN_SHARED),
+    "attend_plain_kernel<Half>": Budget(128, 128, _PLAIN_SHARED, 0.06, dynamic=_PLAIN_SHARED),
+    "attend_plain_kernel<float>": Budget(
+        128, 128, _PLAIN_SHARED, 0.06, vectors=16, dynamic=_PLAIN_SHARED, copies=16
+    ),
     "build_tree_kernel": Budget(32, 64, 0, 0.5),
     "commit_finish_kernel<uint16_t>": Budget(128, 48, 0, 0.62),
     "commit_finish_kernel<uint2>": Budget(128, 48, 0, 0.62),
@@ -72,7 +129,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Cod
         architecture: {
             name: code
             for path in paths
-            for name, code in read_kernels(path, architecture, _threads).items()
+            for name, code in read_kernels(path, architecture, _threads, _dynamic).items()
         }
         for architecture, paths in cubins.items()
     }
@@ -80,6 +137,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Cod
 
 def _threads(kernel: str) -> int:
     return BUDGETS[kernel].threads if kernel in BUDGETS else 256
+
+
+def _dynamic(kernel: str) -> int:
+    return BUDGETS[kernel].dynamic if kernel in BUDGETS else 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -98,6 +159,26 @@ def test_kernels_keep_their_budget(
     assert code.shared <= budget.shared
     assert code.occupancy >= budget.occupancy
     assert code.counts["load128"] >= budget.vectors
+    assert code.counts["tensor"] == budget.products
+    assert code.counts["matrix_load"] == budget.matrices
+    assert code.counts["copy128"] >= budget.copies
+
+
+@pytest.mark.parametrize("element", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("head_dim", "rows"), [(64, 16), (96, 64), (128, 16), (256, 32)])
+def test_launches_add_the_shared_memory_of_their_budget(
+    element: str, head_dim: int, rows: int
+) -> None:
+    kernel = f"attend_mma_kernel<Bfloat16, {head_dim}, {rows}>"
+    if element == "float32":
+        head_dim, kernel = 256, "attend_plain_kernel<float>"
+    call = OPS["tree_attention"].inputs(
+        B=1, N=1 if rows == 16 else 5, H=4, G=1, D=head_dim, S=9, dtype=getattr(torch, element)
+    )
+    cuda_emulated.emulated.take_counters()
+    OPS["tree_attention"](**call, backend=cuda_emulated.BACKEND)
+    added = cuda_emulated.emulated.take_counters()["dynamic_shared"]
+    assert added == BUDGETS[kernel].dynamic == BUDGETS[kernel].shared
 
 
 def test_the_library_holds_ptx_for_later_gpus(kernels: dict[int, dict[str, Code]]) -> None:

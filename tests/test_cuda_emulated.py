@@ -18,7 +18,14 @@ INT = torch.int32
 
 def test_the_emulated_kernels_are_built() -> None:
     assert cuda_emulated.MODULE.exists(), "run make setup"
-    for name in ("tree_mask", "write_kv", "commit", "topk_logprobs", "build_tree"):
+    for name in (
+        "tree_mask",
+        "write_kv",
+        "commit",
+        "topk_logprobs",
+        "build_tree",
+        "tree_attention",
+    ):
         assert OPS[name].why_absent(BACKEND) is None
 
 

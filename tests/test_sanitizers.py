@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("sanitizers")  # one worker builds for all
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cmake"
 TOOLS = ("address", "thread")
-OPERATORS = ("tree_mask", "write_kv", "commit", "topk_logprobs", "build_tree")
+OPERATORS = ("tree_mask", "write_kv", "commit", "topk_logprobs", "build_tree", "tree_attention")
 
 FAULTS = [
     # planted fault, tool, what is reported
@@ -128,6 +128,8 @@ BARRIERS = [
         ("tree_mask", "tree_mask.cu"),
         ("topk_logprobs", "topk_logprobs.cu"),
         ("topk_logprobs", "ranked.cuh"),
+        ("tree_attention", "attention_mma.cuh"),
+        ("tree_attention", "attention_plain.cuh"),
     )
     for number, line in enumerate((ROOT / "csrc" / "cuda" / source).read_text("utf-8").splitlines())
     if line.strip().startswith(("__syncthreads();", "__syncwarp();"))

@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <new>
 
+#include "../core/tree_attention.hpp"
 #include "parallel.hpp"
 #include "scratch.hpp"
 #include "tile.hpp"
-#include "tree_attention.hpp"
 #include "visibility.hpp"
 
 namespace specdec::SPECDEC_ISA {

@@ -7,7 +7,7 @@
 // moved: K and V of the visible slots, once per row tile. Delicate: keys that nobody in the row
 // tile sees are packed as zeros, because the cache may hold NaN there and 0 * NaN would reach the
 // output; a range in which a row sees nothing keeps maximum -inf and weight 0.
-#include "tree_attention.hpp"
+#include "../core/tree_attention.hpp"
 
 #include <atomic>
 #include <cmath>

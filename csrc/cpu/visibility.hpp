@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "../core/tree_attention.hpp"
 #include "tile.hpp"
-#include "tree_attention.hpp"
 
 namespace specdec::SPECDEC_ISA {
 

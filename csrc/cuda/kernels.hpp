@@ -11,6 +11,7 @@ namespace specdec {
 struct BuildTreeParams;
 struct CommitParams;
 struct TopkLogprobsParams;
+struct TreeAttentionParams;
 struct TreeMaskParams;
 struct WriteKvParams;
 
@@ -27,6 +28,8 @@ size_t build_tree_scratch_bytes(const BuildTreeParams& params);
 void build_tree(const BuildTreeParams& params, void* scratch, Stream stream);
 size_t topk_logprobs_scratch_bytes(const TopkLogprobsParams& params);
 void topk_logprobs(const TopkLogprobsParams& params, void* scratch, Stream stream);
+size_t tree_attention_scratch_bytes(const TreeAttentionParams& params);
+void tree_attention(const TreeAttentionParams& params, void* scratch, Stream stream);
 
 }  // namespace cuda
 }  // namespace specdec

@@ -1,6 +1,6 @@
 // The one header that kernels include. nvcc gets CUDA; a C++20 compiler gets the emulator, under
-// the same names. Beyond CUDA's own: launch, allow_dynamic_shared, the functions of ptx.cuh, and
-// two macros, since a C++ compiler has no place to put a `__shared__` variable:
+// the same names. Beyond CUDA's own: launch, allow_dynamic_shared, num_processors, the functions of
+// ptx.cuh, and two macros, since a C++ compiler has no place to put a `__shared__` variable:
 //
 //   SPECDEC_SHARED(float, partial, [8]);   is   __shared__ float partial[8];
 //   SPECDEC_DYNAMIC_SHARED(float, tile);   is   float* tile, the dynamic shared memory
@@ -50,6 +50,14 @@ void allow_dynamic_shared(const char* op, void (*kernel)(Params), size_t bytes) 
                                       static_cast<int>(bytes)));
 }
 
+// Multiprocessors of the current device.
+inline int32_t num_processors(const char* op) {
+  int device = 0, num = 0;
+  check_cuda(op, cudaGetDevice(&device));
+  check_cuda(op, cudaDeviceGetAttribute(&num, cudaDevAttrMultiProcessorCount, device));
+  return num;
+}
+
 }  // namespace specdec
 
 #else
@@ -76,6 +84,8 @@ template <class Params>
 void allow_dynamic_shared(const char*, void (*kernel)(Params), size_t bytes) {
   emu::allow_dynamic_shared(reinterpret_cast<const void*>(kernel), bytes);
 }
+
+inline int32_t num_processors(const char*) { return emu::machine.processors; }
 
 }  // namespace specdec
 #endif

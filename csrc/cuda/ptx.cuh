@@ -82,6 +82,13 @@ __device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// 2^x within two units in the last place; 0 below the normal numbers.
+__device__ __forceinline__ float power_of_2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
 // Rounds to nearest, ties to even; `low` in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);

@@ -193,6 +193,7 @@ void launch(const LaunchShape& shape, const std::function<void()>& thread) {
   machine.random_state = 0x9E3779B97F4A7C15 ^ (machine.seed + 1) * 0xD1342543DE82EF95;
   machine.scheduler.adopt_current();
   ++counters.launches;
+  counters.dynamic_shared = std::max<uint64_t>(counters.dynamic_shared, shape.dynamic_shared);
   const std::vector<size_t> numbers =
       block_order(size_t{shape.grid.x} * shape.grid.y * shape.grid.z);
   const size_t resident = kHasTsan                          ? numbers.size()

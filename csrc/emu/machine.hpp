@@ -35,6 +35,7 @@ struct Counters {
   uint64_t copied_bytes;                   // global to shared memory, by cp.async
   uint64_t matrix_loads, bank_conflicts;   // ldmatrix; its 8-row phases beyond the first
   uint64_t matrix_products, matrix_flops;  // mma.sync; a product and a sum are two
+  uint64_t dynamic_shared;                 // bytes, the most that a launch asked for
 };
 extern Counters counters;
 
@@ -104,6 +105,7 @@ struct Machine {
   Thread* current = nullptr;
   dim3 grid, block;
   Order order = Order::kForward;
+  int processors = 8;  // that a kernel is told of
   uint64_t seed = 0, random_state = 1;
   Fiber scheduler;
   std::vector<Thread*> ready;

@@ -59,6 +59,8 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   emu::matrix_product(d, a, b, [](uint16_t bits) { return to_float(T{bits}); }, where);
 }
 
+inline float power_of_2(float x) { return std::exp2(x); }
+
 // `low` in the low half.
 template <class T>
 uint32_t pack2(float low, float high) {

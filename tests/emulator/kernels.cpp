@@ -2,6 +2,7 @@
 // allocation of its own and of its exact size. What they compute is checked elsewhere.
 //
 //   sanitized_<tool> NAME ORDER    NAME is an operator or a planted fault
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -133,6 +134,68 @@ void run_topk_logprobs() {
   }
 }
 
+// Chains of which every third node is missing from its successors: some bits of each word are 0.
+void run_tree_attention() {
+  struct Case {
+    DType dtype;
+    int64_t heads, kv_heads, nodes, dim, slots, page_size;
+    int32_t window;
+    int processors;
+  };
+  for (const Case& c : {
+           Case{DType::kBfloat16, 4, 2, 5, 64, 410, 0, 0, 2},     // a split of many tiles
+           Case{DType::kBfloat16, 1, 1, 66, 80, 330, 16, 90, 1},  // pages, row tiles
+           Case{DType::kFloat16, 2, 1, 3, 256, 200, 0, 0, 4},
+           Case{DType::kFloat32, 4, 2, 5, 40, 170, 8, 0, 1},
+           Case{DType::kFloat16, 2, 2, 4, 20, 80, 0, 30, 8},  // rows that are not aligned
+       }) {
+    constexpr int64_t kBatch = 3;
+    const int64_t words = num_words(c.nodes), pages = c.page_size == 0 ? 0 : c.slots / c.page_size;
+    const auto last = static_cast<int32_t>((pages == 0 ? c.slots : pages * c.page_size) - c.nodes);
+    std::vector<int64_t> bits;
+    std::vector<int32_t> depths, table;
+    for (int64_t i = 0; i < kBatch * c.nodes; ++i) {
+      const int64_t node = i % c.nodes;
+      depths.push_back(static_cast<int32_t>(node));
+      for (int64_t w = 0; w < words; ++w) {
+        uint64_t word = 0;
+        for (int64_t j = 64 * w; j <= node && j < 64 * (w + 1); ++j) {
+          if (j == node || j % 3 != 1) word |= uint64_t{1} << (j % 64);
+        }
+        bits.push_back(static_cast<int64_t>(word));
+      }
+    }
+    for (int64_t i = 0; i < kBatch * pages; ++i) {
+      table.push_back(static_cast<int32_t>((i * 7 + 3) % (kBatch * pages)));
+    }
+    if (pages > 0) table.front() = -5, table.back() = 1000;  // no such pages
+    table.resize(static_cast<size_t>(kBatch * std::max<int64_t>(pages, 1)));
+    const std::vector<int64_t> cache =
+        pages == 0 ? std::vector<int64_t>{kBatch, c.kv_heads, c.slots, c.dim}
+                   : std::vector<int64_t>{kBatch * pages, c.kv_heads, c.page_size, c.dim};
+    const Array q = floats(c.dtype, {kBatch, c.heads, c.nodes, c.dim});
+    const Array keys = floats(c.dtype, cache, 1), values = floats(c.dtype, cache, 2);
+    const Array ancestors = std::move(longs({kBatch, c.nodes, words}).fill(bits));
+    const Array page_table = ints({kBatch, std::max<int64_t>(pages, 1)}, table);
+    const Array out = floats(c.dtype, {kBatch, c.nodes, c.heads, c.dim});
+    const Array lse = floats(DType::kFloat32, {kBatch, c.heads, c.nodes});
+    const Array node_depths = ints({kBatch, c.nodes}, depths);
+    const Array lengths = ints({kBatch}, {1, INT32_MAX - 9, last});
+    const Array num_nodes = ints({kBatch}, {2, 7, static_cast<int32_t>(c.nodes)});
+    const TreeAttentionParams params =
+        tree_attention_params(q, keys, values, ancestors, node_depths, lengths, num_nodes,
+                              pages == 0 ? std::nullopt : OptionalView(page_table), std::nullopt,
+                              out, lse, 0.1, c.window, 0.0);
+    emu::machine.processors = c.processors;
+    const size_t bytes = cuda::tree_attention_scratch_bytes(params);
+    const auto scratch = std::make_unique<unsigned char[]>(bytes);
+    cuda::tree_attention(params, scratch.get(), nullptr);
+  }
+  if (emu::counters.bank_conflicts > 0) {
+    throw emu::Error(std::to_string(emu::counters.bank_conflicts) + " bank conflicts");
+  }
+}
+
 // The last tree is larger than shared memory.
 void run_build_tree() {
   struct Case {
@@ -178,7 +241,7 @@ int main(int argc, char** argv) {
   std::map<std::string, std::function<void()>> runs{
       {"build_tree", run_build_tree},       {"tree_mask", run_tree_mask},
       {"write_kv", run_write_kv},           {"commit", run_commit},
-      {"topk_logprobs", run_topk_logprobs},
+      {"topk_logprobs", run_topk_logprobs}, {"tree_attention", run_tree_attention},
   };
   for (const auto& [name, run] : planted_faults()) runs.emplace(name, run);
   const auto run = runs.find(argc == 3 ? argv[1] : "");

@@ -73,6 +73,19 @@ void run_topk_logprobs(const TensorView& logits, int64_t k, const TensorView& lo
   cuda::topk_logprobs(params, scratch.data(), nullptr);
 }
 
+void run_tree_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                        const TensorView& ancestors, const TensorView& depths,
+                        const TensorView& lengths, const TensorView& num_nodes,
+                        const OptionalView& page_table, const OptionalView& sinks,
+                        const TensorView& out, const OptionalView& lse, double scale,
+                        int64_t window, double softcap) {
+  const TreeAttentionParams params =
+      tree_attention_params(q, k_cache, v_cache, ancestors, depths, lengths, num_nodes, page_table,
+                            sinks, out, lse, scale, window, softcap);
+  std::vector<uint64_t> scratch(cuda::tree_attention_scratch_bytes(params) / 8 + 1, ~uint64_t{0});
+  cuda::tree_attention(params, scratch.data(), nullptr);
+}
+
 void run_build_tree(const TensorView& roots, const TensorView& candidates,
                     const TensorView& logprobs, const TensorView& budgets,
                     const OptionalView& candidate_parents, const TensorView& tokens,
@@ -94,7 +107,7 @@ py::dict take_counters() {
                   "loaded_bytes"_a = c.loaded_bytes, "stored_bytes"_a = c.stored_bytes,
                   "copied_bytes"_a = c.copied_bytes, "matrix_loads"_a = c.matrix_loads,
                   "bank_conflicts"_a = c.bank_conflicts, "matrix_products"_a = c.matrix_products,
-                  "matrix_flops"_a = c.matrix_flops);
+                  "matrix_flops"_a = c.matrix_flops, "dynamic_shared"_a = c.dynamic_shared);
 }
 
 }  // namespace
@@ -111,6 +124,7 @@ PYBIND11_MODULE(cuda_emulated, module) {
     }
   });
   module.def("set_order", &emu::set_order);
+  module.def("set_processors", [](int num) { emu::machine.processors = num; });
   module.def("take_counters", &take_counters);
   module.def("check_topk", &check_topk);
   module.def("tree_mask", &run_tree_mask);
@@ -119,4 +133,5 @@ PYBIND11_MODULE(cuda_emulated, module) {
   module.def("check_max_nodes", &check_max_nodes);
   module.def("build_tree", &run_build_tree);
   module.def("topk_logprobs", &run_topk_logprobs);
+  module.def("tree_attention", &run_tree_attention);
 }

@@ -18,6 +18,7 @@ struct TreeAttentionParams {
   const float* sinks;        // [H], contiguous, or null
   void* out;                 // [B, N, H, E], contiguous
   float* lse;                // [B, H, N], contiguous, or null
+  int64_t capacity;          // slots of a request
   int32_t batch, nodes, window;
   float scale, softcap;
   DType dtype;

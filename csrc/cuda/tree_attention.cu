@@ -1,0 +1,215 @@
+// Attention of tree nodes over the committed prefix and their ancestors: split-KV flash decoding.
+//
+// Which splits a call has is settled on the host from its sizes, so that it can be captured in a
+// graph; which of them have work is settled on the device, from lengths and num_nodes. A request
+// that fits one split is finished by it, else a second kernel joins the partial results.
+//
+// Bytes, with T = ceil(N * H/G / rows of a tile), K_b keys that request b sees, A_b splits of it
+// that have work, and w bytes an element:
+//   reads   sum_b T * G * K_b * (D + E) * w + A_b * H * N * D * w, 16 bytes of ancestor words a row
+//           for each tile that is not all prefix
+//   writes  B * H * N * E * w, and 4 * B * H * N with lse
+//   partial results where A_b > 1: A_b * H * N * (E + 2) * 4 written, and (E + 3) for (E + 2) read
+#include <algorithm>
+#include <bit>
+
+#include "../cpu/error.hpp"
+#include "attention_mma.cuh"
+#include "attention_plain.cuh"
+#include "kernels.hpp"
+#include "unit_rows.cuh"
+
+namespace specdec::cuda {
+namespace {
+
+constexpr int kMergeThreads = 128;
+constexpr int64_t kMaxSplits = 256;
+// A longer request is split even where the requests alone would fill the device: lengths are ragged
+// and the longest one ends last.
+constexpr int64_t kMaxSplitKeys = 8192;
+constexpr int64_t kMaxPartialBytes = 64 << 20;
+constexpr int64_t kBlocksPerProcessor = 2;  // unmeasured; they set the number of splits
+
+// A warp joins the splits of one row.
+template <class T>
+__global__ void __launch_bounds__(kMergeThreads)
+    attend_merge_kernel(const __grid_constant__ AttentionParams params) {
+  const TreeAttentionParams& call = params.call;
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+  const uint32_t index = blockIdx.x * (kMergeThreads / 32) + threadIdx.x / 32,
+                 rows = static_cast<uint32_t>(params.rows()),
+                 heads = static_cast<uint32_t>(call.k_cache.heads);
+  const int64_t b = index / rows / heads;
+  const int32_t g = static_cast<int32_t>(index / rows % heads),
+                of_head = static_cast<int32_t>(index % rows);
+  if (b >= call.batch) return;
+  const KeyRange range = key_range(params, b, params.tile_keys);
+  if (range.num_active == 1) return;
+  const int32_t node = of_head / params.group, head = g * params.group + of_head % params.group;
+  const bool is_node = node < range.count;
+  const int32_t num_splits = is_node ? range.num_active : 0, dims = call.v_cache.head_dim;
+  const int32_t columns = (dims + 31 - lane) / 32;  // of the lane, 32 apart
+  const int64_t first = params.partial(b, g, 0) + of_head, step = params.rows();
+
+  float largest = -INFINITY, weight = 0.0f, sums[kMaxHeadDim / 32] = {};
+  for (int32_t split = lane; split < num_splits; split += 32) {
+    largest = fmaxf(largest, load_global(params.largest + first + split * step));
+  }
+  largest = warp_max(largest);
+  const float base = base_of(largest);
+  for (int32_t start = 0; start < num_splits; start += 32) {
+    float share = 0.0f;  // of the lane's split
+    if (start + lane < num_splits) {
+      const int64_t partial = first + (start + lane) * step;
+      share = power_of_2(load_global(params.largest + partial) - base);
+      weight += share * load_global(params.weights + partial);
+    }
+    const int32_t stop = min(start + 32, num_splits);
+#pragma unroll 2
+    for (int32_t split = start; split < stop; ++split) {
+      const float factor = __shfl_sync(~0u, share, split - start);
+      const float* added = params.sums + (first + split * step) * dims;
+#pragma unroll
+      for (int32_t c = 0; c < kMaxHeadDim / 32; ++c) {
+        if (c >= columns) break;
+        sums[c] += factor * load_global(added + 32 * c + lane);
+      }
+    }
+  }
+  weight = warp_sum(weight);
+  const RowEnd end = end_of_row(call, head, is_node, largest, weight);
+  if (lane == 0) store_lse(call, b, node, head, end.lse);
+  T* out = static_cast<T*>(call.out) + out_offset(call, b, node, head);
+#pragma unroll
+  for (int32_t c = 0; c < kMaxHeadDim / 32; ++c) {
+    if (c >= columns) break;
+    store_global(out + 32 * c + lane, from_float<T>(scaled(sums[c], end.factor)));
+  }
+}
+
+// The kernel of a call and the tile that it works on.
+struct Attend {
+  void (*kernel)(AttentionParams);
+  int rows, keys, threads;
+  size_t shared;
+};
+
+template <class T, int kDim, int kRows>
+Attend attend_mma() {
+  using Tile = MmaTile<kDim, kRows>;
+  return {attend_mma_kernel<T, kDim, kRows>, kRows, Tile::kKeys, Tile::kThreads,
+          Tile::kSharedBytes};
+}
+
+template <class T>
+Attend choose_mma(int32_t dim, int32_t rows) {
+  const bool is_small = rows <= 16;
+  if (dim <= 64) return is_small ? attend_mma<T, 64, 16>() : attend_mma<T, 64, 64>();
+  if (dim <= 80) return is_small ? attend_mma<T, 80, 16>() : attend_mma<T, 80, 64>();
+  if (dim <= 96) return is_small ? attend_mma<T, 96, 16>() : attend_mma<T, 96, 64>();
+  if (dim <= 128) return is_small ? attend_mma<T, 128, 16>() : attend_mma<T, 128, 64>();
+  return attend_mma<T, 256, 32>();
+}
+
+Attend choose(const AttentionParams& params) {
+  const TreeAttentionParams& call = params.call;
+  const int32_t dim = std::max(call.q.head_dim, call.v_cache.head_dim);
+  Attend chosen{};
+  with_dtype(call.dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 2) {
+      if (params.has_wide_kv) {
+        chosen = choose_mma<T>(dim, params.rows());
+        return;
+      }
+    }
+    const PlainTile tile(call.q.head_dim, call.v_cache.head_dim);
+    chosen = {attend_plain_kernel<T>, PlainTile::kRows, PlainTile::kKeys, PlainTile::kThreads,
+              size_t{4} * static_cast<size_t>(tile.shared_floats())};
+  });
+  return chosen;
+}
+
+bool is_empty(const TreeAttentionParams& call) {
+  return call.batch == 0 || call.nodes == 0 || call.q.heads == 0;
+}
+
+// Splits of each request: as many as the device runs at once, and none with more than
+// kMaxSplitKeys keys.
+int64_t count_splits(const AttentionParams& params, int64_t processors) {
+  const TreeAttentionParams& call = params.call;
+  int64_t keys = call.capacity;
+  if (call.window > 0) keys = std::min<int64_t>(keys, int64_t{call.window} + call.nodes);
+  const int64_t blocks = int64_t{call.batch} * call.k_cache.heads * params.row_tiles;
+  const int64_t wanted = std::max(kBlocksPerProcessor * processors / blocks,
+                                  (keys + kMaxSplitKeys - 1) / kMaxSplitKeys);
+  const int64_t tiles = (keys + params.tile_keys - 1) / params.tile_keys;
+  const int64_t partial_bytes =
+      int64_t{4} * call.batch * call.q.heads * call.nodes * (call.v_cache.head_dim + 2);
+  return std::max<int64_t>(1, std::min({wanted, (tiles + params.min_tiles - 1) / params.min_tiles,
+                                        kMaxSplits, kMaxPartialBytes / partial_bytes}));
+}
+
+AttentionParams plan(const TreeAttentionParams& call) {
+  if (call.q.head_dim > kMaxHeadDim || call.v_cache.head_dim > kMaxHeadDim) {
+    fail("tree_attention: D and E must be at most %d for backend 'cuda', got %d and %d",
+         kMaxHeadDim, call.q.head_dim, call.v_cache.head_dim);
+  }
+  AttentionParams params{};
+  params.call = call;
+  if (is_empty(call)) return params;
+  params.group = call.q.heads / call.k_cache.heads;
+  const auto page_size = static_cast<uint32_t>(call.slots.page_size);
+  params.page_shift = std::has_single_bit(page_size) ? std::countr_zero(page_size) : -1;
+  params.has_wide_q = widest_unit(call.q, call.dtype) == 16;
+  params.has_wide_kv =
+      widest_unit(call.k_cache, call.dtype) == 16 && widest_unit(call.v_cache, call.dtype) == 16;
+  const Attend attend = choose(params);
+  params.row_tiles = (params.rows() + attend.rows - 1) / attend.rows;
+  params.tile_keys = attend.keys;
+  // A split reads at least as much of 16-bit keys and values as its partial result is moved.
+  params.min_tiles = std::max(2, 2 * attend.rows / attend.keys);
+  params.num_splits = static_cast<int32_t>(count_splits(params, num_processors("tree_attention")));
+  return params;
+}
+
+int64_t num_partials(const AttentionParams& params) {
+  return params.num_splits > 1 ? int64_t{params.call.batch} * params.call.q.heads *
+                                     params.call.nodes * params.num_splits
+                               : 0;
+}
+
+}  // namespace
+
+size_t tree_attention_scratch_bytes(const TreeAttentionParams& call) {
+  return static_cast<size_t>(4 * num_partials(plan(call)) * (call.v_cache.head_dim + 2));
+}
+
+void tree_attention(const TreeAttentionParams& call, void* scratch, Stream stream) {
+  AttentionParams params = plan(call);
+  if (is_empty(call)) return;
+  params.sums = static_cast<float*>(scratch);
+  params.largest = params.sums + num_partials(params) * call.v_cache.head_dim;
+  params.weights = params.largest + num_partials(params);
+  const Attend attend = choose(params);
+  const int64_t heads = int64_t{call.batch} * call.k_cache.heads;
+  const int64_t blocks = heads * params.row_tiles * params.num_splits;
+  if (std::max(blocks, heads * params.rows()) > INT32_MAX) {
+    fail("tree_attention: B * N * H must be below 2^31 for backend 'cuda'");
+  }
+  if (attend.shared > 48 << 10) {
+    allow_dynamic_shared("tree_attention", attend.kernel, attend.shared);
+  }
+  launch("tree_attention", attend.kernel, dim3(static_cast<unsigned>(blocks)), attend.threads,
+         attend.shared, stream, params);
+  if (params.num_splits == 1) return;
+  constexpr int64_t kMergeRows = kMergeThreads / 32;
+  const auto merge_blocks =
+      static_cast<unsigned>((heads * params.rows() + kMergeRows - 1) / kMergeRows);
+  with_dtype(call.dtype, [&](auto element) {
+    launch("tree_attention", attend_merge_kernel<decltype(element)>, dim3(merge_blocks),
+           kMergeThreads, 0, stream, params);
+  });
+}
+
+}  // namespace specdec::cuda

@@ -1,0 +1,393 @@
+"""What the generic suite does not show of the CUDA `tree_attention`: splits, head dims, alignments,
+memory that must not be read, the bytes that it moves, and that its faults are found.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import cuda_emulated
+import pytest
+import torch
+from test_sanitizers import BUILD, ROOT, programs
+from torch import Tensor
+
+from specdec_kernels.ops import tree_attention
+
+BACKEND = cuda_emulated.BACKEND
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALVES)
+ID = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}.get
+
+__all__ = ["programs"]  # a fixture
+
+
+def _int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _inputs(**sizes: Any) -> dict[str, Any]:
+    """As the operator's, but every request has the first one's tree, which has all N nodes."""
+    inputs = tree_attention.inputs(**sizes)
+    for name in ("ancestors", "depths", "num_nodes"):
+        inputs[name] = inputs[name][:1].expand_as(inputs[name]).clone()
+    return inputs
+
+
+def _equals_reference(inputs: dict[str, Any]) -> None:
+    dtype = inputs["q"].dtype
+    got = tree_attention(**inputs, backend=BACKEND)
+    want = tree_attention(**inputs, backend="reference")
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape and g.dtype == w.dtype
+        finite = w.isfinite()
+        torch.testing.assert_close(g[~finite], w[~finite], rtol=0, atol=0, equal_nan=True)
+        if finite.any():
+            limit = tree_attention.tolerance[dtype] * float(w[finite].abs().max())
+            assert float((g[finite].double() - w[finite].double()).abs().max()) <= limit
+
+
+def _counters(inputs: dict[str, Any]) -> dict[str, int]:
+    cuda_emulated.emulated.take_counters()
+    tree_attention(**inputs, backend=BACKEND)
+    counters: dict[str, int] = cuda_emulated.emulated.take_counters()
+    return counters
+
+
+CASES = {
+    "one node": {"N": 1, "H": 8, "G": 1, "D": 64, "S": 150},
+    "no prefix": {"N": 5, "H": 6, "G": 2, "D": 80, "S": 5, "sinks": True},
+    "window inside the tree": {"N": 16, "H": 8, "G": 2, "D": 96, "S": 60, "window": 2},
+    "a whole word": {"N": 64, "H": 1, "G": 1, "D": 64, "S": 190, "softcap": 30.0},
+    "a word and a bit": {"N": 65, "H": 3, "G": 1, "D": 64, "S": 97, "page_size": 16},
+    "three words": {"N": 130, "H": 1, "G": 1, "D": 16, "S": 170, "window": 40, "sinks": True},
+    "pages of no power of two": {
+        "N": 9, "H": 4, "G": 4, "D": 128, "S": 99, "page_size": 11, "window": 50, "softcap": 5.0,
+    },
+    "wide heads": {"N": 3, "H": 2, "G": 1, "D": 256, "S": 140, "page_size": 128},
+    "narrow heads": {"N": 3, "H": 2, "G": 2, "D": 4, "S": 40},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ID)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_the_reference_at_the_edges(case: dict[str, Any], dtype: torch.dtype) -> None:
+    inputs = _inputs(B=3, **case, dtype=dtype, seed=1)
+    nodes = case["N"]
+    inputs["lengths"] = _int32(0, 0, case["S"] - nodes)
+    inputs["num_nodes"] = _int32((nodes + 1) // 2, 0, nodes)
+    _equals_reference(inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ID)
+@pytest.mark.parametrize(
+    ("D", "E", "page_size"),
+    [(48, 16, 16), (64, 128, 128), (192, 128, 0), (96, 80, 64), (12, 20, 32)],
+)
+def test_values_may_be_narrower_or_wider_than_keys(
+    D: int, E: int, page_size: int, dtype: torch.dtype
+) -> None:
+    inputs = _inputs(B=2, N=4, H=4, G=2, D=D, S=140, page_size=page_size, dtype=dtype)
+    inputs["v_cache"] = torch.randn((*inputs["k_cache"].shape[:3], E)).to(dtype)
+    _equals_reference(inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ID)
+def test_no_stride_need_be_1(dtype: torch.dtype) -> None:
+    inputs = _inputs(B=2, N=4, H=4, G=2, D=32, S=70, dtype=dtype)
+    for name in ("q", "k_cache", "v_cache"):
+        spread = torch.full((*inputs[name].shape, 3), torch.nan).to(dtype)
+        spread[..., 1] = inputs[name]
+        inputs[name] = spread[..., 1]
+    for name in ("ancestors", "depths", "lengths", "num_nodes"):
+        inputs[name] = torch.stack([inputs[name], inputs[name] * 0 - 7], -1)[..., 0]
+    _equals_reference(inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ID)
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
+def test_rows_need_not_be_aligned(name: str, dtype: torch.dtype) -> None:
+    """One tensor starts an element late. Keys are copied 16 bytes at once if only q does."""
+    inputs = _inputs(B=2, N=3, H=4, G=2, D=32, S=70, dtype=dtype)
+    shape = inputs[name].shape
+    late = torch.zeros(inputs[name].numel() + 1, dtype=dtype)[1:].view(shape)
+    inputs[name] = late.copy_(inputs[name])
+    copied = _counters(inputs)["copied_bytes"]
+    assert (copied > 0) == (name == "q")
+    _equals_reference(inputs)
+
+
+@pytest.mark.parametrize(
+    ("processors", "order"), [(1, "forward"), (12, "random:1"), (24, "reverse"), (999, "random:2")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ID)
+def test_any_number_of_splits_gives_the_same(
+    processors: int, order: str, dtype: torch.dtype
+) -> None:
+    """Lengths from 0 to many tiles: most splits are empty, and a window hides whole ones from some
+    rows.
+    """
+    window = 150 if processors == 24 else 0
+    inputs = _inputs(B=4, N=9, H=4, G=1, D=32, S=600, window=window, sinks=True, dtype=dtype)
+    inputs["lengths"] = _int32(0, 3, 140, 591)
+    inputs["num_nodes"] = _int32(9, 9, 0, 5)
+    with cuda_emulated.in_order(order), cuda_emulated.on_processors(processors):
+        assert _counters(inputs)["launches"] == (1 if processors == 1 else 2)
+        _equals_reference(inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ID)
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_slots_that_nobody_sees_are_never_read(page_size: int, dtype: torch.dtype) -> None:
+    window, size = 20, 96
+    inputs = _inputs(
+        B=2, N=5, H=2, G=1, D=16, S=size, window=window, page_size=page_size, dtype=dtype
+    )
+    inputs["lengths"], inputs["num_nodes"] = _int32(70, 12), _int32(3, 5)
+    for b in range(2):
+        first = max(int(inputs["lengths"][b]) - window + 1, 0)
+        end = int(inputs["lengths"][b] + inputs["num_nodes"][b])
+        for slot in (*range(first), *range(end, size)):
+            page, at = (b, slot) if not page_size else divmod(slot, page_size)
+            if page_size:
+                page = int(inputs["page_table"][b, page])
+            inputs["k_cache"][page, :, at] = torch.nan
+            inputs["v_cache"][page, :, at] = torch.nan
+    if page_size:  # nor are pages looked up
+        inputs["page_table"][1, 2:] = 2**31 - 1
+    _equals_reference(inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ID)
+def test_lengths_and_pages_beyond_the_cache_reach_no_other_memory(dtype: torch.dtype) -> None:
+    """Contents that the reference refuses on the host; memory is watched in test_sanitizers.py."""
+    inputs = _inputs(B=3, N=5, H=2, G=1, D=16, S=96, page_size=16, window=50, dtype=dtype)
+    inputs["lengths"] = _int32(94, 2**31 - 10, -3)
+    inputs["num_nodes"] = _int32(5, 7, -1)
+    inputs["page_table"][0, 4:] = _int32(-5, 10**6)
+    for name in ("k_cache", "v_cache"):
+        inputs[name] = inputs[name].nan_to_num()
+    out, lse = tree_attention(**inputs, backend=BACKEND)
+    assert bool((out[1:] == 0).all()) and bool((lse[1:] == -torch.inf).all())
+    assert bool(out[0].isfinite().all()) and bool(lse[0].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ID)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("processors", [1, 16])
+def test_logits_that_are_not_finite_end_as_in_the_reference(
+    value: float, processors: int, dtype: torch.dtype
+) -> None:
+    inputs = _inputs(B=2, N=3, H=2, G=1, D=16, S=300, dtype=dtype)
+    inputs["q"] = inputs["q"].abs()
+    inputs["lengths"], inputs["num_nodes"] = _int32(297, 150), _int32(3, 3)
+    inputs["k_cache"][0, 0, 40] = value
+    inputs["k_cache"][1, 0, 152] = value  # the last node, which it alone sees
+    inputs["ancestors"][1, :2] &= 3
+    with cuda_emulated.on_processors(processors):
+        _equals_reference(inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=ID)
+def test_a_cache_may_reach_beyond_32_bit_offsets(dtype: torch.dtype) -> None:
+    """Two requests far apart, in memory of which only touched pages exist."""
+    far = 2**31 + 64
+    inputs = _inputs(B=2, N=2, H=2, G=1, D=16, S=6, dtype=dtype)
+    storage = torch.empty(far + 6 * 16, dtype=dtype)
+    k_cache = storage.as_strided((2, 1, 6, 16), (far, 16 * 6, 16, 1))
+    inputs["k_cache"] = k_cache.copy_(inputs["k_cache"])
+    _equals_reference(inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ID)
+@pytest.mark.parametrize(("nodes", "tiles"), [(2, {4: 1, 2: 1}), (50, {4: 13, 2: 4})])
+@pytest.mark.parametrize("processors", [1, 32])
+def test_moves_the_bytes_that_it_says(
+    nodes: int, tiles: dict[int, int], processors: int, dtype: torch.dtype
+) -> None:
+    """Each element of K and V once per head, row tile and call; partial sums once or not at all."""
+    heads, kv_heads, window, D, E, size = 8, 2, 180, 64, 32, dtype.itemsize
+    inputs = _inputs(B=2, N=nodes, H=heads, G=kv_heads, D=D, S=400, window=window, dtype=dtype)
+    inputs["v_cache"] = torch.randn((2, kv_heads, 400, E)).to(dtype)
+    inputs["lengths"], inputs["num_nodes"] = _int32(3, 340), _int32(nodes, nodes)
+    with cuda_emulated.on_processors(processors):
+        counters = _counters(inputs)
+    keys = [3 + nodes, window - 1 + nodes]
+    assert counters["copied_bytes"] == tiles[size] * kv_heads * sum(keys) * (D + E) * size
+    tile_keys = 32 if size == 4 or nodes > 2 else 64
+    min_tiles = 4 if size == 2 and nodes > 2 else 2
+    blocks = 2 * kv_heads * tiles[size]
+    useful = math.ceil(math.ceil((window + nodes) / tile_keys) / min_tiles)
+    splits = max(1, min(2 * processors // blocks, useful))
+    active = []
+    for seen in keys:
+        num = math.ceil(seen / tile_keys)
+        each = max(math.ceil(num / splits), min_tiles)
+        active.append(max(math.ceil(num / each), 1))
+    assert (splits > 1) == (processors > 1 and blocks < 32)
+    partial = sum(a for a in active if a > 1) * heads * nodes
+    assert counters["loaded_bytes"] == (
+        sum(active) * heads * nodes * D * size + partial * (E + 3) * 4
+    )
+    assert counters["stored_bytes"] == (2 * heads * nodes * (E * size + 4) + partial * (E + 2) * 4)
+
+
+@pytest.mark.parametrize("nodes", [1, 20])
+@pytest.mark.parametrize("dtype", HALVES, ids=ID)
+@pytest.mark.parametrize("D", [16, 64, 80, 96, 112, 128, 256])
+def test_shared_memory_has_no_bank_conflicts(D: int, nodes: int, dtype: torch.dtype) -> None:
+    counters = _counters(_inputs(B=1, N=nodes, H=2, G=1, D=D, S=150, dtype=dtype))
+    assert counters["matrix_loads"] > 0 and counters["bank_conflicts"] == 0
+
+
+def test_a_tile_takes_one_barrier() -> None:
+    barriers = []
+    for tiles in (2, 3):
+        inputs = _inputs(B=2, N=1, H=2, G=1, D=64, S=64 * tiles, dtype=torch.bfloat16)
+        inputs["lengths"] = _int32(64 * tiles - 1, 0)
+        with cuda_emulated.on_processors(1):
+            barriers.append(_counters(inputs)["barriers"])
+    assert barriers[1] - barriers[0] == 1
+
+
+def test_head_dims_above_256_are_refused() -> None:
+    inputs = tree_attention.inputs(B=1, N=1, H=1, G=1, D=257, S=4)
+    with pytest.raises(ValueError, match=r"D and E must be at most 256 for backend 'cuda', got"):
+        tree_attention(**inputs, backend=BACKEND)
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0, "N": 3, "S": 9}, {"B": 2, "N": 0, "S": 9}])
+def test_empty_calls_launch_nothing(sizes: dict[str, int]) -> None:
+    inputs = {**tree_attention.inputs(B=2, N=3, H=2, G=1, D=16, S=9)}
+    batch, nodes = sizes["B"], sizes["N"]
+    for name in ("q", "k_cache", "v_cache", "ancestors", "depths", "lengths", "num_nodes"):
+        inputs[name] = inputs[name][:batch]
+    inputs["q"] = inputs["q"][:, :, :nodes]
+    inputs["ancestors"] = inputs["ancestors"][:, :nodes, : (nodes + 63) // 64]
+    inputs["depths"] = inputs["depths"][:, :nodes]
+    inputs["num_nodes"] = inputs["num_nodes"].clamp(max=nodes)
+    inputs["lengths"] = inputs["lengths"] * 0
+    assert _counters(inputs)["launches"] == 0
+
+
+def test_mistakes_are_named_as_the_reference_does() -> None:
+    inputs = tree_attention.inputs(B=2, N=3, H=4, G=2, D=16, S=9)
+    mistakes: list[dict[str, Any]] = [
+        {"window": -1},
+        {"softcap": -2.5},
+        {"q": inputs["q"][:, :3], "sinks": None},
+        {"ancestors": torch.zeros((2, 3, 2), dtype=torch.int64)},
+        {"k_cache": inputs["k_cache"][:1], "v_cache": inputs["v_cache"][:1]},
+    ]
+    for mistake in mistakes:
+        messages = []
+        for backend in (BACKEND, "reference"):
+            with pytest.raises(ValueError, match="tree_attention: ") as caught:
+                tree_attention(**{**inputs, **mistake}, backend=backend)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+
+
+FAULTS = {
+    # fault: (source, what stands there, what takes its place, tool, what is reported)
+    "missing_barrier": (
+        "attention_mma.cuh",
+        "- 2>();\n    __syncthreads();",
+        "- 2>();",
+        "thread",
+        r"data race(?s:.)*attend_mma_kernel",
+    ),
+    "missing_wait": (
+        "attention_mma.cuh",
+        "cp_async_wait<Tile::kStages - 2>();",
+        "",
+        "thread",
+        r"data race(?s:.)*load_matrices(?s:.)*attend_mma_kernel",
+    ),
+    "write_after_read": (
+        "attention_mma.cuh",
+        "fetch(tile + Tile::kStages - 1);",
+        "fetch(tile + Tile::kStages);",
+        "thread",
+        r"data race(?s:.)*async_copy16(?s:.)*attend_mma_kernel",
+    ),
+    "missing_wait_without_tensor_cores": (
+        "attention_plain.cuh",
+        "cp_async_wait<1>();  // the keys are here, the values may not be",
+        "",
+        "thread",
+        r"data race(?s:.)*add_key(?s:.)*attend_plain_kernel",
+    ),
+    "write_after_read_without_tensor_cores": (
+        "attention_plain.cuh",
+        "    __syncthreads();\n    if (tile + 1 < last) fetch_values(tile + 1);",
+        "    if (tile + 1 < last) fetch_values(tile + 1);",
+        "thread",
+        r"data race(?s:.)*attend_plain_kernel",
+    ),
+    "out_of_bounds": (
+        "attention_mma.cuh",
+        "is_inside = slot < end;",
+        "is_inside = slot < end + 3;",
+        "address",
+        r"attention_mma\.cuh:\d+: cp\.async: reads outside of allocated memory",
+    ),
+    "misaligned": (
+        "tree_attention.cu",
+        "params.has_wide_kv =\n      ",
+        "params.has_wide_kv = true ||\n      ",
+        "address",
+        r"attention_mma\.cuh:\d+: cp\.async: \S+ is not aligned to 16 bytes",
+    ),
+    "no_swizzle": (
+        "attention_mma.cuh",
+        "(chunk ^ row / (8 / kSpread) % kSpread)",
+        "(chunk ^ row / (8 / kSpread) % kSpread * 0)",
+        "address",
+        r"emulator: \d+ bank conflicts",
+    ),
+}
+
+
+@pytest.mark.xdist_group("sanitizers")
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=[pytest.mark.exhaustive] * fault.endswith("without_tensor_cores"))
+        for fault in FAULTS
+    ],
+)
+def test_a_fault_planted_in_the_kernel_is_found(fault: str, tmp_path: Path) -> None:
+    source, before, after, tool, report = FAULTS[fault]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    kernels = tmp_path / "csrc" / "cuda" / "tree_attention.cu"
+    few = re.sub(r".*dim <= (?:80|96|128)\).*\n", "", kernels.read_text("utf-8"))
+    kernels.write_text(few, "utf-8")  # of which wider heads take the widest: compiled sooner
+    mutated = tmp_path / "csrc" / "cuda" / source
+    text = mutated.read_text("utf-8")
+    assert text.count(before) == 1
+    mutated.write_text(text.replace(before, after), "utf-8")
+    objects = BUILD / "CMakeFiles" / f"sanitized_{tool}.dir"
+    others = [p for p in objects.rglob("*.o") if p.name != "tree_attention.cpp.o"]
+    assert len(others) == len(list(objects.rglob("*.o"))) - 1
+    flag = "-fsanitize=thread" if tool == "thread" else "-fsanitize=address,undefined"
+    program = tmp_path / "mutant"
+    subprocess.run(
+        ["c++", "-std=c++20", "-O1", "-g1", flag, "-Wno-unknown-pragmas", "-x", "c++",
+         kernels, "-x", "none", *others, "-o", program],
+        check=True,
+    )  # fmt: skip
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    result = subprocess.run(
+        [program, "tree_attention", "reverse"],
+        env={**os.environ, **options}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert re.search(report, result.stdout + result.stderr), result.stderr[:4000]
