@@ -397,6 +397,21 @@ def rules(
     publish(record, out, rules_table(record["rows"]))
 
 
+@app.command()
+def report(
+    records: Annotated[
+        list[Path], typer.Argument(help="Files that bench e2e, bench ops or tune wrote.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+) -> None:
+    """Show measurements as one HTML page: speed, acceptance, costs, and a GPU what-if."""
+    from .report.page import write_page
+    from .report.records import read_records
+
+    write_page(read_records(records), out)
+    typer.echo(f"written to {out}", err=True)
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,

@@ -20,7 +20,7 @@ from .proposing import Proposer
 from .sampling import NO_SUCH_DRAW
 from .shapes import PAD
 from .statistics import DecodeStats
-from .tree import DraftKind, Proposal, TokenTree
+from .tree import DraftKind, Proposal, TokenTree, agreed
 
 
 class Target(Protocol):
@@ -45,7 +45,17 @@ Listener = Callable[[int, list[int], int], None]
 """Called with (row, new tokens, how many of them, from the front, were accepted draft tokens)."""
 
 Recorder = Callable[[int, Tensor, Tensor], None]
-"""Called with (row, logits [n, V], processed logits [n, V] float32) of the row's next n tokens."""
+"""Called with (row, logits [n, V], processed logits [n, V] float32) of the row's next n tokens,
+before they are appended: a row that ends earlier leaves the last ones unused."""
+
+
+Agree = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+"""Given integer tensors, of one shape in every process, returns those that all go by."""
+
+
+def alone(decision: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`Agree` of a single process."""
+    return decision
 
 
 @dataclass(slots=True)
@@ -90,7 +100,7 @@ def decode(
     budget: Budget | None = None,
     process: LogitsProcessing | None = None,
     recorder: Recorder | None = None,
-    agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda decision: decision,
+    agree: Agree = alone,
     stats: DecodeStats | None = None,
 ) -> tuple[list[list[int]], DecodeStats]:
     """Continue every prompt as the target alone would.
@@ -108,9 +118,8 @@ def decode(
         listener: receives tokens as they are committed.
         budget: limits trees to what pays; None leaves them to the drafter.
         process: changes the logits before they are filtered and sampled.
-        recorder: receives the logits of every token that is appended.
-        agree: makes all processes of a distributed target decide alike: given the tensors of a
-            decision, returns those that all go by.
+        recorder: receives the logits of every token, before it is appended.
+        agree: makes all processes of a distributed target score the same trees and decide alike.
         stats: filled while decoding, for who wants to watch; new ones if None.
 
     Returns:
@@ -132,6 +141,8 @@ def decode(
 
     while any(rows.active):
         proposal = proposer.propose(_context(rows, target, sampling, budget))
+        if agree is not alone:
+            proposal = agreed(proposal, agree)
         tree = proposal.tree
         drafted = time.perf_counter()
         logits = target.forward(tree)
@@ -141,12 +152,12 @@ def decode(
         path, num_accepted, next_tokens, status = agree(results)
         _check_status(status, rows.sequences, proposer)
         before = sum(stats.num_accepted)
-        kept = _push_step(rows, stats, tree, path, num_accepted, next_tokens)
         if recorder is not None:
-            for row, count in enumerate(kept):
-                nodes = path[row, :count].long()
-                if count:
+            for row, count in enumerate(num_accepted.tolist()):
+                if rows.active[row]:
+                    nodes = path[row, : count + 1].long()
                     recorder(row, logits[row, nodes], scored(row, nodes))
+        kept = _push_step(rows, stats, tree, path, num_accepted, next_tokens)
         # Stop rules come first: tokens after a stop are never committed.
         target.commit(path, torch.tensor(kept, dtype=torch.int32, device=target.device))
         stats.forward_seconds += forwarded - drafted
@@ -264,7 +275,7 @@ def _prefill(
     sampling: SamplingParams,
     process: LogitsProcessing | None,
     recorder: Recorder | None,
-    agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+    agree: Agree,
 ) -> None:
     """Fill the cache, and push the first token of every row."""
     logits = target.prefill(rows.sequences)

@@ -121,6 +121,8 @@ class Op(Generic[P, R]):
             reason = None
         elif backend in ("cpu", "cuda") and not NATIVE_LIBRARY.exists():
             reason = "native library not built"
+        elif backend == "cuda" and not built_with_cuda():
+            reason = "native library built without CUDA"
         else:
             reason = "not written yet"
         if reason is None and BACKENDS[backend] == "cuda" and not torch.cuda.is_available():

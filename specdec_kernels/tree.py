@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -99,6 +99,37 @@ class Proposal:
         """
         tree = TokenTree.from_rows(rows, device)
         return _seal(tree, torch.zeros_like(tree.tokens, dtype=torch.int8), None, None, None)
+
+
+def agreed(
+    proposal: Proposal, agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+) -> Proposal:
+    """The trees that all processes of a distributed target score; see `decoding.Agree`.
+
+    A process that drafted other trees knows no laws for these. It needs none: how they are tested
+    is agreed on, too.
+    """
+    own = proposal.tree
+    (shape,) = agree((torch.tensor(own.tokens.shape, device=own.tokens.device),))
+    missing = int(shape[1]) - own.tokens.shape[1]
+    pad = torch.nn.functional.pad
+    tree = TokenTree(
+        *agree(
+            (
+                pad(own.tokens, (0, missing)),
+                pad(own.parents, (0, missing), value=PAD),
+                own.num_nodes,
+            )
+        )
+    )
+    pairs = (
+        (tree.tokens, own.tokens),
+        (tree.parents, own.parents),
+        (tree.num_nodes, own.num_nodes),
+    )
+    if all(torch.equal(ours, theirs) for ours, theirs in pairs):
+        return proposal
+    return _seal(tree, torch.zeros_like(tree.tokens, dtype=torch.int8), None, None, None)
 
 
 def _seal(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from prompts import greedy, left_pad, random_prompts
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import specdec_kernels
 from specdec_kernels import OracleDrafter, SpeculativeDecoder
@@ -124,6 +126,46 @@ def test_an_interruption_leaves_the_model_and_the_cache_as_they_were(
         tiny_model, **longer, max_new_tokens=9, past_key_values=cache, **OPTIONS
     )
     assert again.sequences[0].tolist() == greedy(tiny_model, longer["input_ids"][0], 9)
+
+
+def test_threads_may_share_a_model(tiny_model, rows) -> None:
+    """The first one to finish must not take the attention from the other one, nor keep it."""
+    attention = tiny_model.config._attn_implementation
+    second_runs, first_is_done = threading.Event(), threading.Event()
+    texts: dict[int, list[int]] = {}
+
+    class Meet(StoppingCriteria):
+        """The first one waits until the second one runs, which then waits until the first ends."""
+
+        def __init__(self, is_first: bool) -> None:
+            self.is_first = is_first
+
+        def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+            if self.is_first and not second_runs.is_set():
+                second.start()
+                assert second_runs.wait(60)
+            elif not self.is_first:
+                second_runs.set()
+                assert first_is_done.wait(60)
+            return torch.tensor([False])
+
+    def run(place: int) -> None:
+        try:
+            output = specdec_kernels.generate(
+                tiny_model, **left_pad([rows[place]]), max_new_tokens=8, do_sample=False,
+                stopping_criteria=StoppingCriteriaList([Meet(place == 0)]),
+            )  # fmt: skip
+            texts[place] = output[0].tolist()
+        finally:
+            second_runs.set()
+
+    second = threading.Thread(target=run, args=(1,))
+    run(0)
+    assert tiny_model.config._attn_implementation != attention, "the second one still runs"
+    first_is_done.set()
+    second.join()
+    assert tiny_model.config._attn_implementation == attention
+    assert [texts.get(i) for i in range(2)] == [greedy(tiny_model, row, 8) for row in rows]
 
 
 def test_a_cache_of_something_else_is_refused(tiny_model, rows) -> None:

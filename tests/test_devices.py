@@ -10,37 +10,58 @@ from pathlib import Path
 
 import accelerate
 import pytest
+import torch
 from conftest import make_tiny_model
 from prompts import greedy, left_pad, random_prompts
-from tensor_parallel import LENGTHS, NEW, VOCAB
+from tensor_parallel import END, LENGTHS, NEW, SEEDS, VOCAB
 
+import specdec_kernels
 from specdec_kernels import OracleDrafter, SpeculativeDecoder
 
 
 @pytest.mark.slow
-def test_two_ranks_of_a_tensor_parallel_model_write_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["plan", "mesh"])
+def test_two_ranks_of_a_tensor_parallel_model_write_the_same(tmp_path: Path, how: str) -> None:
+    """Whatever differs between them: drafts, failures, clocks, criteria."""
     model = make_tiny_model()
     rows = random_prompts(LENGTHS, VOCAB)
     truth = [greedy(model, r, NEW + 8) for r in rows]
     model.save_pretrained(tmp_path)
+    make_tiny_model(1).save_pretrained(tmp_path / "draft")
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     script = Path(__file__).with_name("tensor_parallel.py")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*run, str(script), str(tmp_path)],
+        [*run, str(script), str(tmp_path), how],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))
+    first, second = (json.loads((tmp_path / f"{how}{r}.json").read_text()) for r in range(2))
     assert first["is_split"] and first == second
-    greedy_texts, sampled = first["texts"]
-    width = max(LENGTHS)
+    texts = {k: [t[max(LENGTHS) :] for t in rows] for k, rows in first["texts"].items()}
     want = [t[len(r) : len(r) + NEW] for t, r in zip(truth, rows, strict=True)]
-    assert [t[width:] for t in greedy_texts] == want
-    assert sampled != greedy_texts
+    for name in ("greedy", "contrary", "assistant", "budget"):
+        assert texts[name] == want, name
+    assert texts["criteria"] == [t[:END] for t in want]
+    options = {**left_pad(rows), "max_new_tokens": NEW, "pad_token_id": 0}
+    decoder = SpeculativeDecoder(None, seed=SEEDS)
+    plain = model.generate(**options, do_sample=True, custom_generate=decoder)
+    assert texts["contrary, sampled"] == plain[:, max(LENGTHS) :].tolist()
+    penalized = model.generate(**options, do_sample=False, repetition_penalty=1.3)
+    assert texts["contrary, processed"] == penalized[:, max(LENGTHS) :].tolist()
+
+
+def test_weights_shared_by_processes_with_texts_of_their_own_are_refused(
+    tiny_model, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(tiny_model, "_is_fsdp_managed_module", True, raising=False)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is sharded by FSDP or ZeRO-3"):
+        specdec_kernels.generate(tiny_model, torch.tensor([[5]]), max_new_tokens=3)
 
 
 def test_a_model_spread_over_two_devices_is_refused(tiny_model, monkeypatch) -> None:

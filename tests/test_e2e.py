@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,12 @@ def test_e2e_records_every_mode_category_and_prompt(
     shown = capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == ["e2e.json"]
     record = json.loads(out.read_text())
-    assert record.keys() == {"machine", "summary", "prompts"}
+    assert record.keys() == {"machine", "summary", "prompts", "statistics", "example"}
+    assert record["statistics"]["num_calls"] == 4  # the warm-up is not among them
+    assert record["statistics"]["tokens_per_step"] > 1
+    tree = record["example"]
+    assert len(tree["path"]) > 1 and tree["path"][0] == 0 and tree["parents"][0] == -1
+    assert all(tree["parents"][b] == a for a, b in pairwise(tree["path"]))
     assert record["machine"]["settings"]["max_new_tokens"] == 20
     assert list(record["summary"]) == list(MODES)
     for mode, by_category in record["summary"].items():

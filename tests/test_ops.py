@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdec_kernels import registry
 from specdec_kernels.registry import BACKENDS, INTERPRETS_TRITON, OPS, Op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -217,6 +218,14 @@ def test_an_explicit_backend_that_cannot_run_names_what_can() -> None:
         ValueError, match=r"backend 'fast' cannot run: unknown; known: reference, cpu"
     ):
         operator(**inputs, backend="fast")
+
+
+def test_a_library_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = OPS["tree_mask"]
+    monkeypatch.delitem(operator.backends, "cuda", raising=False)
+    for is_built, reason in ((False, "native library built without CUDA"), (True, "not written y")):
+        monkeypatch.setattr(registry, "built_with_cuda", lambda built=is_built: built)
+        assert str(operator.why_absent("cuda")).startswith(reason)
 
 
 def test_the_environment_variable_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:

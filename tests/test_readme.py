@@ -33,8 +33,17 @@ def test_the_drafter_of_the_second_example_drafts(tiny_model) -> None:
     assert sum(decoder.stats.num_drafted) > 20
 
 
-def test_the_one_line_change_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_guide_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
     guide = (ROOT / "docs" / "generation.md").read_text("utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
-    exec(compile(block, "generation.md", "exec"), {})
-    assert "three, four, five, six" in capsys.readouterr().out
+    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    names: dict = {}
+    printed = []
+    for block in blocks:
+        exec(compile(block, "generation.md", "exec"), names)
+        printed.append(capsys.readouterr().out)
+    assert "three, four, five, six" in printed[0]
+    assert "Friday, Saturday" in printed[1] and "Sunday" not in printed[1]
+    model, longer = names["model"], names["longer"]
+    whole = names["specdec_kernels"].generate(model, longer, max_new_tokens=8, do_sample=False)
+    assert names["second"].tolist() == whole.tolist()
+    assert len(blocks) == 4 and issubclass(names["NoRepeat"], names["LogitsProcessor"])

@@ -16,6 +16,8 @@ from ..budget import Budget
 from ..drafters import Drafter
 from ..hf.generate import SpeculativeDecoder
 from ..hf.text import Generation, TextModel
+from ..statistics import TotalStats
+from .example import example_step
 from .machine import describe_machine
 
 BASELINE = "generate"
@@ -118,9 +120,10 @@ def run_e2e(
     Returns:
         {"machine": see `describe_machine`, with "settings"; "summary": {mode: {category or "all":
         {"tok_s", "speedup", "tokens_per_step", "mean_tokens_per_step", "agreement"}}}; "prompts":
-        [one dict per prompt]}. A summary holds medians over prompts, `speedup` of the ratios
-        measured on the same prompt; `mean_tokens_per_step` is the mean over all verify steps;
-        `agreement` is the fraction of prompts with exactly the tokens of "generate".
+        [one dict per prompt]; with a drafter "statistics", `TotalStats` of "specdec", and
+        "example", see `example_step`}. A summary holds medians over prompts, `speedup` of the
+        ratios measured on the same prompt; `mean_tokens_per_step` is the mean over all verify
+        steps; `agreement` is the fraction of prompts with exactly the tokens of "generate".
 
     Raises:
         ValueError: modes, or a prompt that does not fit the model.
@@ -135,10 +138,15 @@ def run_e2e(
         "max_nodes": 1 if drafter is None else drafter.max_nodes,
         "budget": budget if budget is None or isinstance(budget, bool) else "given",
         "max_new_tokens": max_new_tokens,
+        "num_parameters": sum(p.numel() for p in subject.model.parameters()),
+        "weight_bytes": sum(p.nbytes for p in subject.model.parameters()),
     }
     machine = {**describe_machine(), "settings": settings}
     for options in ways.values():
         subject.generate(encoded[0], **options, max_new_tokens=min(_WARM_UP_TOKENS, max_new_tokens))
+    decoder = ways["specdec"]["custom_generate"] if "specdec" in ways else None
+    if decoder is not None:
+        decoder.totals = TotalStats()  # without the warm-up
     records = []
     for turn, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         results = {}
@@ -149,7 +157,11 @@ def run_e2e(
             results[mode] = subject.generate(ids, **ways[mode], max_new_tokens=max_new_tokens)
         records.append(_record(subject, prompt, ids, {mode: results[mode] for mode in ways}))
     summary = {mode: _summary(mode, records) for mode in ways}
-    return {"machine": machine, "summary": summary, "prompts": records}
+    record = {"machine": machine, "summary": summary, "prompts": records}
+    if decoder is not None and drafter is not None:
+        record["statistics"] = decoder.totals.as_dict()
+        record["example"] = example_step(subject, encoded[-1], drafter, max_new_tokens)
+    return record
 
 
 def _parse(place: str, line: str) -> Prompt:

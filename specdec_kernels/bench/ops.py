@@ -53,7 +53,8 @@ def run_ops(
     Returns:
         {"machine": see `describe_machine`, "rows": [one dict per case and baseline]}. A row holds
         op, case, backend, us (median), spread (interquartile range / median), floor_us (least
-        traffic / measured bandwidth, or operations / measured rate where larger), baseline,
+        traffic / measured bandwidth, or operations / measured rate where larger), num_bytes and
+        num_flops (that traffic and these operations), baseline,
         baseline_us, baseline_spread, and ratio = baseline_us / us. Times are µs per call.
 
     Raises:
@@ -158,6 +159,8 @@ def _measure(
             "us": round(us, 2),
             "spread": spread,
             "floor_us": floor,
+            "num_bytes": work.num_bytes,
+            "num_flops": work.num_flops,
             "baseline": baseline.name,
             "baseline_us": round(other_us, 2),
             "baseline_spread": other_spread,

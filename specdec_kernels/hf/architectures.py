@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 _EXACT = """
 afmoe apertus apertus1p5_text arcee aria_text axk1 beam bert bert-generation biogpt bitnet
 camembert codegen cohere cohere2 cohere2_moe cohere_compass_text ctrl cwm data2vec-text dbrx
@@ -21,7 +24,9 @@ persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta roberta-prelay
 sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xlm-roberta
 xlm-roberta-xl youtu
 """
-EXACT = frozenset(_EXACT.split())
+_ATTENDS_SINCE_5_24 = frozenset(("codegen", "gptj"))
+_IS_OLDER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
+EXACT = frozenset(_EXACT.split()) - (_ATTENDS_SINCE_5_24 if _IS_OLDER else frozenset())
 """Model types whose output is equal to plain decoding, in float32 token for token."""
 
 _REASONS = {
@@ -51,6 +56,10 @@ _REASONS = {
 }
 
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+if _IS_OLDER:
+    REFUSED |= dict.fromkeys(
+        _ATTENDS_SINCE_5_24, "before transformers 5.24 it ignores registered attention functions"
+    )
 """Model type -> why token trees cannot be exact with it."""
 
 
@@ -60,5 +69,8 @@ def why_refused(config: Any) -> str | None:
 
 
 def support_rows() -> list[tuple[str, str]]:
-    """(model type, "exact" or the reason for refusing it), in alphabetical order."""
-    return sorted([(name, "exact") for name in EXACT] + list(REFUSED.items()))
+    """(model type, "exact" or the reason for refusing it) of what the installed transformers has,
+    in alphabetical order.
+    """
+    rows = [(name, "exact") for name in EXACT] + list(REFUSED.items())
+    return sorted(row for row in rows if row[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

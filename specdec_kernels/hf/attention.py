@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -88,14 +89,40 @@ def tree_attention_in(model: PreTrainedModel) -> Iterator[None]:
         ValueError: an architecture that ignores registered attention functions.
     """
     configs = _decoder_configs(model)
-    before = [(config, config._attn_implementation_internal) for config in configs]
+    user = object()
     try:
         for config in configs:
-            config._attn_implementation_internal = NAME
+            _lend(config, user)
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+        for config in configs:
+            _give_back(config, user)
+
+
+_lock = threading.RLock()
+_loans: dict[int, tuple[str, set[object]]] = {}
+"""By a configuration's id: its own attention, and who uses the tree attention. Threads may share a
+model, and a model may draft for itself.
+"""
+
+
+def _lend(config: Any, user: object) -> None:
+    with _lock:
+        own = config._attn_implementation_internal
+        _, users = _loans.setdefault(id(config), (own, set()))
+        users.add(user)
+        config._attn_implementation_internal = NAME
+
+
+def _give_back(config: Any, user: object) -> None:
+    with _lock:
+        own, users = _loans.get(id(config), ("", set()))
+        if user not in users:
+            return
+        users.remove(user)
+        if not users:
+            config._attn_implementation_internal = own
+            del _loans[id(config)]
 
 
 def _decoder_configs(model: PreTrainedModel) -> list[Any]:
@@ -169,7 +196,7 @@ def _attend(
             )
         if call.places is not None:
             out = spread(out, call.places)
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2).contiguous(), None  # some models view it
     locality = locality_of(type(module).__name__, attention_mask, sliding_window)
     if isinstance(call, Localities) and layer is not None:
         call.by_layer[layer] = locality

@@ -47,6 +47,7 @@ class TreeCache(Cache):
         starts: [B] int32, or None.
         tokens: what the committed slots of each row hold.
         localities: which keys each layer sees.
+        is_in_use: whether tokens may be written; not while the caller holds the cache.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int) -> None:
@@ -57,6 +58,7 @@ class TreeCache(Cache):
         self.starts: Tensor | None = None
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.localities = Localities()
+        self.is_in_use = True
         self._model = weakref.ref(model)
         config = model.config.get_text_config(decoder=True)
         self.tree_layers = [TreeCacheLayer(self) for _ in range(config.num_hidden_layers)]
@@ -117,10 +119,11 @@ class TreeCache(Cache):
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """After an exception the cache holds what it shared with the prompts, and nothing else."""
+        self.is_in_use = True
         try:
             yield
         except BaseException:
-            self.num_nodes = None
+            self.is_in_use, self.num_nodes = False, None
             if self.lengths is not None:
                 sizes = [len(held) for held in self.tokens]
                 self.lengths = torch.tensor(sizes, dtype=torch.int32, device=self.lengths.device)
@@ -131,7 +134,7 @@ class TreeCache(Cache):
         assert self.lengths is not None
         sizes = self.lengths.tolist()
         self.tokens = [list(s[:size]) for s, size in zip(sequences, sizes, strict=True)]
-        self.num_nodes = None
+        self.is_in_use, self.num_nodes = False, None
 
     def commit(self, path: Tensor, num_kept: Tensor) -> None:
         """Keep path nodes in every layer; see `ops.commit`."""
@@ -182,9 +185,14 @@ class TreeCacheLayer(CacheLayerMixin):
         """Write new tokens; the keys and values that the attention will read, without
         copying them.
         """
+        cache = self.cache
+        if not cache.is_in_use:
+            raise ValueError(
+                "the cache of a speculative output holds rows of different lengths: pass it to "
+                "speculative decoding, or none to other loops"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        cache = self.cache
         if cache.num_nodes is None:
             new = key_states.shape[2]
             self.keys[:, :, :new] = key_states

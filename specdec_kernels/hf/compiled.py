@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -55,10 +56,8 @@ class CompiledStep:
     def __init__(self, model: PreTrainedModel, backend: Backend) -> None:
         self._model = weakref.ref(model)
         self._keyword = cache_keyword(model)
-        chosen: Any = "inductor" if backend is True else backend
-        self._compiled: Any = torch.compile(
-            self._forward, fullgraph=True, dynamic=False, backend=chosen
-        )
+        self._backend: Any = "inductor" if backend is True else backend
+        self._graphs: dict[tuple[int, ...], Any] = {}  # by batch, bucket and capacity
 
     @classmethod
     def of(cls, model: PreTrainedModel, backend: Backend) -> CompiledStep:
@@ -70,27 +69,46 @@ class CompiledStep:
 
     def __call__(self, cache: TreeCache, tree: TokenTree) -> Tensor:
         """Logits [B, N, V] of a padded tree."""
+        key = (*tree.tokens.shape, cache.capacity)
+        if key not in self._graphs:
+            self._graphs[key] = torch.compile(
+                _with_own_code(_forward), fullgraph=True, dynamic=False, backend=self._backend
+            )
         tensors = (tree.tokens, tree.parents, tree.num_nodes, cache.lengths)
-        logits: Tensor = self._compiled(cache, *tensors)
+        logits: Tensor = self._graphs[key](self._model(), self._keyword, cache, *tensors)
         return logits
 
-    def _forward(
-        self, cache: TreeCache, tokens: Tensor, parents: Tensor, num_nodes: Tensor, lengths: Tensor
-    ) -> Tensor:
-        model: Any = self._model()
-        ancestors, depths = tree_mask(parents, num_nodes)
-        call = TreeCall(ancestors, depths, lengths, num_nodes, cache.localities)
-        no_mask = torch.empty((len(tokens), 1, 1, 0), dtype=torch.bool, device=tokens.device)
-        out = model(
-            input_ids=tokens,
-            attention_mask=no_mask,
-            position_ids=(lengths[:, None] + depths).long(),
-            use_cache=True,
-            specdec=call,
-            **{self._keyword: cache},
-        )
-        logits: Tensor = out.logits
-        return logits
+
+def _forward(
+    model: Any,
+    keyword: str,
+    cache: TreeCache,
+    tokens: Tensor,
+    parents: Tensor,
+    num_nodes: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    ancestors, depths = tree_mask(parents, num_nodes)
+    call = TreeCall(ancestors, depths, lengths, num_nodes, cache.localities)
+    no_mask = torch.empty((len(tokens), 1, 1, 0), dtype=torch.bool, device=tokens.device)
+    out = model(
+        input_ids=tokens,
+        attention_mask=no_mask,
+        position_ids=(lengths[:, None] + depths).long(),
+        use_cache=True,
+        specdec=call,
+        **{keyword: cache},
+    )
+    logits: Tensor = out.logits
+    return logits
+
+
+def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A copy of a function: torch counts what it compiles by code object, and gives up after a few,
+    which many models and batch sizes would reach.
+    """
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__)
 
 
 _made: weakref.WeakKeyDictionary[PreTrainedModel, dict[Backend, CompiledStep]] = (

@@ -182,9 +182,18 @@ def assistant_drafter(
     """
     if num_tokens is None:
         config = getattr(assistant, "generation_config", None)
-        num_tokens = getattr(config, "num_assistant_tokens", None) or 5
+        num_tokens = getattr(config, "num_assistant_tokens", None)
+    return ModelDrafter(DraftModel(assistant, tokenizers=tokenizers), chain_of(num_tokens))
+
+
+def chain_of(num_tokens: int | None) -> SampledTree:
+    """A chain of that many draft tokens; None is 5.
+
+    Raises:
+        ValueError: fewer than one token.
+    """
+    if num_tokens is None:
+        num_tokens = 5
     if num_tokens < 1:
         raise ValueError(f"num_assistant_tokens must be >= 1, got {num_tokens}")
-    return ModelDrafter(
-        DraftModel(assistant, tokenizers=tokenizers), SampledTree((1,) * num_tokens)
-    )
+    return SampledTree((1,) * num_tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,31 +12,37 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..budget import CONSERVATIVE, Budget, load_cost
 from ..decoding import Listener, check_rule, decode
-from ..drafters import Drafter, PromptLookupDrafter, make_drafter
+from ..drafters import Drafter, make_drafter
 from ..drafting import SamplingParams
 from ..statistics import DecodeStats, TotalStats
 from .attention import tree_attention_in
 from .cache import CACHE_KEYWORDS, TreeCache
 from .compiled import Backend, compiled_capacity
 from .cost import cost_key
-from .draft_model import assistant_drafter
 from .features import HFTargetView
+from .options import Options
 from .packing import packed_linears
 from .processors import Processors, fused_bias
 from .ranks import agreement
 from .record import ScoreRecord
-from .rows import FILTERS, row_seeds, sampling_params, unpad
+from .rows import row_seeds, sampling_params, unpad
 from .stopping import StopRule
-from .support import check_lengths, check_model, check_positions, check_request, split_processors
+from .streaming import EndedOnce
+from .support import (
+    check_lengths,
+    check_model,
+    check_position_ids,
+    check_positions,
+    check_request,
+    split_processors,
+)
 from .target import HFTarget
 
 
@@ -50,9 +55,9 @@ class SpeculativeDecoder:
 
     Args:
         drafter: a `Drafter`, the name of one (see `drafters.DRAFTERS`), or None for plain decoding.
-        seed: of sampled output; one int for all rows or one per row. None draws one from torch's
-            global generator. With `num_return_sequences`, the i-th sequence of a prompt uses `seed
-            + i`.
+        seed: of sampled output; one per row, or one int for all of them: rows of the same prompt
+            then are the same, but for the i-th sequence of `num_return_sequences`, which uses `seed
+            + i`. None draws one for each row from torch's global generator.
         rule: a lossless rule of `verify`; None tests rows with sampled drafts by `traversal`,
             others by `walk`.
         streamer: receives tokens as they are committed, and is ended. It belongs here: `generate`
@@ -154,6 +159,7 @@ class SpeculativeDecoder:
             raise ValueError(f"a streamer takes one row, got a batch of {len(input_ids)}")
         prompts = unpad(input_ids, model_inputs.get("attention_mask"))
         check_lengths(model, prompts)
+        check_position_ids(model_inputs.get("position_ids"), prompts)
         pads = [row[: len(row) - len(p)] for row, p in zip(input_ids, prompts, strict=True)]
         agree = agreement(model)
         stop = StopRule(criteria, pads, input_ids.shape[1], agree)
@@ -173,6 +179,7 @@ class SpeculativeDecoder:
             keeps_logits=bool(config.return_dict_in_generate and config.output_logits),
             keeps_scores=bool(config.return_dict_in_generate and config.output_scores),
         )
+        stop.scores_of = record.scores_of
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
         self.stats = DecodeStats.start(len(prompts))
@@ -207,8 +214,9 @@ class SpeculativeDecoder:
             return output
         fields = GenerateDecoderOnlyOutput.__dataclass_fields__
         kept: Any = {next(n for n in CACHE_KEYWORDS if n in fields): target.cache}
-        values: Any = {"sequences": output, "scores": record.scores(), "logits": record.logits()}
-        return GenerateDecoderOnlyOutput(**values, **kept)
+        counts = [len(tokens) for tokens in new]
+        kept |= {"scores": record.scores(counts), "logits": record.logits(counts)}
+        return GenerateDecoderOnlyOutput(**{"sequences": output, **kept})
 
     def _budget_of(self, model: PreTrainedModel) -> Budget | None:
         if self.drafter is None:
@@ -259,17 +267,12 @@ class SpeculativeDecoder:
 def generate(
     model: PreTrainedModel,
     inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
     *,
     drafter: Drafter | str | None = "auto",
     seed: int | Sequence[int] | None = None,
     rule: str | None = None,
     streamer: BaseStreamer | None = None,
-    stop_strings: str | list[str] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    prompt_lookup_num_tokens: int | None = None,
-    assistant_model: PreTrainedModel | None = None,
-    assistant_tokenizer: PreTrainedTokenizerBase | None = None,
-    num_assistant_tokens: int | None = None,
     budget: Budget | bool | None = None,
     compile: Backend = False,
     pack: bool | None = None,
@@ -280,75 +283,46 @@ def generate(
     Args:
         model: any causal language model of transformers.
         inputs: [B, P] int64 prompt tokens, left-padded; or pass `input_ids=`.
-        drafter, seed, rule, streamer, budget, compile, pack: as in `SpeculativeDecoder`.
-        stop_strings: end a row when it contains one of them; needs `tokenizer`.
-        tokenizer: for `stop_strings`, and to compare with `assistant_tokenizer`.
-        prompt_lookup_num_tokens: draft by prompt lookup with trees of this many draft tokens.
-        assistant_model: draft with this model, chains that are sampled where the target samples.
-        assistant_tokenizer: its tokenizer, which must be the target's.
-        num_assistant_tokens: draft tokens of the assistant's chains; None takes the number that its
-            generation config has, else 5. Trees drafted from text have a size of their own.
-        **kwargs: everything else that `model.generate` takes. `temperature`, `top_k`, `top_p` and
-            `min_p` may be lists, with one value per row. `generation_config` may hold any of them.
+        generation_config: as for `model.generate`; what it leaves open is the model's own.
+        drafter, seed, rule, budget, compile, pack: as in `SpeculativeDecoder`.
+        streamer: as in `SpeculativeDecoder`, and ended whatever happens.
+        **kwargs: everything else that `model.generate` takes; see `options.py` for those that ask
+            for a drafter or for another loop. `temperature`, `top_k`, `top_p` and `min_p` may be
+            lists, with one value per row.
 
     Returns:
         as `SpeculativeDecoder.__call__`.
 
     Raises:
-        ValueError: as `SpeculativeDecoder.__call__`; stop_strings without tokenizer; an assistant
-            with another vocabulary.
+        ValueError: as `SpeculativeDecoder.__call__`; stop strings without `tokenizer`; an assistant
+            with another vocabulary; what asks for a loop that is not plain greedy or sampled
+            decoding.
     """
-    if kwargs.get("custom_generate") is not None:
-        raise ValueError("custom_generate cannot be combined with specdec_kernels.generate")
-    config = kwargs.get("generation_config") or model.generation_config
-    if assistant_model is not None:
-        if prompt_lookup_num_tokens is not None:
-            raise ValueError("give either assistant_model or prompt_lookup_num_tokens")
-        tokenizers = None
-        if tokenizer is not None and assistant_tokenizer is not None:
-            tokenizers = (tokenizer, assistant_tokenizer)
-        drafter = assistant_drafter(assistant_model, num_assistant_tokens, tokenizers)
-    elif assistant_tokenizer is not None:
-        raise ValueError("assistant_tokenizer needs an assistant_model")
-    else:
-        if prompt_lookup_num_tokens is None:
-            prompt_lookup_num_tokens = config.prompt_lookup_num_tokens
-        if prompt_lookup_num_tokens is not None:
-            options = _lookup_options(config, kwargs)
-            drafter = PromptLookupDrafter(prompt_lookup_num_tokens + 1, **options)
-    kwargs.pop("num_assistant_tokens_schedule", None)  # chains and trees have fixed sizes
-    stop_strings = config.stop_strings if stop_strings is None else stop_strings
-    if stop_strings is not None:
-        if tokenizer is None:
-            raise ValueError("stop_strings needs the tokenizer: pass tokenizer=")
-        criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
-        kwargs["stopping_criteria"] = [*criteria, StopStringCriteria(tokenizer, stop_strings)]
-        kwargs["stopping_criteria"] = StoppingCriteriaList(kwargs["stopping_criteria"])
-        if config.stop_strings is not None:  # `generate` would look for the tokenizer itself
-            kwargs["generation_config"] = config = copy.copy(config)
-            config.stop_strings = None
-    is_row = {name: isinstance(kwargs.get(name), (list, tuple, Tensor)) for name in FILTERS}
-    per_row: Any = {name: list(kwargs.pop(name)) for name in FILTERS if is_row[name]}
-    decoder = SpeculativeDecoder(
-        drafter,
-        seed=seed,
-        rule=rule,
-        streamer=streamer,
-        budget=budget,
-        compile=compile,
-        pack=pack,
-        **per_row,
-    )
-    method: Any = model.generate  # a mixin that PreTrainedModel does not declare
-    output: Tensor | GenerateDecoderOnlyOutput = method(inputs, custom_generate=decoder, **kwargs)
-    return output
+    streamer = None if streamer is None else EndedOnce(streamer)
+    try:
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+        options = Options(model, kwargs)
+        decoder = SpeculativeDecoder(
+            options.drafter(drafter),
+            seed=seed,
+            rule=rule,
+            streamer=streamer,
+            budget=budget,
+            compile=compile,
+            pack=pack,
+            **options.per_row(),
+        )
+        options.check_loop()
+        options.add_stop_strings()
+        method: Any = model.generate  # a mixin that PreTrainedModel does not declare
+        kwargs["custom_generate"] = decoder
+        output: Tensor | GenerateDecoderOnlyOutput = method(inputs, **kwargs)
+        return output
+    finally:
+        if streamer is not None:
+            streamer.end()
 
 
 def _attached(drafter: Drafter | None, target: HFTarget) -> AbstractContextManager[object]:
     return nullcontext() if drafter is None else drafter.attach(HFTargetView(target))
-
-
-def _lookup_options(config: GenerationConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The longest n-gram, if it was given."""
-    size = kwargs.pop("max_matching_ngram_size", None) or config.max_matching_ngram_size
-    return {} if size is None else {"max_ngram": size}

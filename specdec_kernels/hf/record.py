@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,13 +43,17 @@ class ScoreRecord:
         if self._scores is not None:
             self._scores[row] += self._filtered(row, processed)
 
-    def logits(self) -> tuple[Tensor, ...] | None:
-        """[B, V] float32 for each new token: the model's own."""
-        return None if self._logits is None else _by_step(self._logits)
+    def logits(self, counts: Sequence[int]) -> tuple[Tensor, ...] | None:
+        """[B, V] float32 for each new token, `counts` [B] of them: the model's own."""
+        return None if self._logits is None else _by_step(self._logits, counts)
 
-    def scores(self) -> tuple[Tensor, ...] | None:
-        """[B, V] float32 for each new token: after processors and filters."""
-        return None if self._scores is None else _by_step(self._scores)
+    def scores(self, counts: Sequence[int]) -> tuple[Tensor, ...] | None:
+        """[B, V] float32 for each new token, `counts` [B] of them: after processors and filters."""
+        return None if self._scores is None else _by_step(self._scores, counts)
+
+    def scores_of(self, row: int, count: int) -> tuple[Tensor, ...] | None:
+        """[1, V] float32 for each of the first `count` new tokens of a row."""
+        return None if self._scores is None else tuple(s[None] for s in self._scores[row][:count])
 
     def _filtered(self, row: int, processed: Tensor) -> Tensor:
         params = self._sampling
@@ -58,12 +64,10 @@ class ScoreRecord:
         return filtered_scores(processed, *rows)
 
 
-def _lists(batch: int) -> list[list[Tensor]]:
-    return [[] for _ in range(batch)]
-
-
-def _by_step(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
-    steps = max(len(row) for row in rows)
+def _by_step(rows: list[list[Tensor]], counts: Sequence[int]) -> tuple[Tensor, ...]:
     absent = torch.zeros_like(rows[0][0])
-    padded = [[*row, *[absent] * (steps - len(row))] for row in rows]
+    steps = max(counts)
+    padded = [
+        [*row[:count], *[absent] * (steps - count)] for row, count in zip(rows, counts, strict=True)
+    ]
     return tuple(torch.stack(step) for step in zip(*padded, strict=True))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +20,18 @@ def unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
     """The real tokens of every left-padded row.
 
     Raises:
-        ValueError: padding anywhere else.
+        ValueError: padding anywhere else, or a mask of another shape.
     """
     if attention_mask is None:
         return [list(row) for row in input_ids.tolist()]
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be [B, P] = {list(input_ids.shape)}, "
+            f"got {list(attention_mask.shape)}"
+        )
     prompts = []
     for row, (tokens, mask) in enumerate(
-        zip(input_ids.tolist(), attention_mask.tolist(), strict=True)
+        zip(input_ids.tolist(), attention_mask.bool().tolist(), strict=True)
     ):
         length = sum(mask)
         if not all(mask[len(mask) - length :]):
@@ -78,21 +86,28 @@ def row_seeds(seed: int | Sequence[int] | None, batch: int, num_return: int) -> 
     """One seed per row; rows of the same prompt must differ, whatever else is in the batch.
 
     Raises:
-        ValueError: a wrong number of seeds.
+        ValueError: a wrong number of seeds, or one that is no int64.
+        TypeError: a seed that is no integer.
     """
     if seed is None:
-        seed = int(torch.randint(0, 2**62, ()))
-    if isinstance(seed, int):
-        return [seed + row % num_return for row in range(batch)]
-    if len(seed) != batch:
-        raise ValueError(f"seed must be an int or one per row = {batch}, got {len(seed)}")
-    return [int(s) for s in seed]
+        return torch.randint(0, 2**62, (batch,)).tolist()
+    given: Any = seed  # a tensor, too
+    try:
+        seeds = [index(given) + row % num_return for row in range(batch)]
+    except TypeError:
+        seeds = [index(s) for s in given]
+    if len(seeds) != batch:
+        raise ValueError(f"seed must be an int or one per row = {batch}, got {len(seeds)}")
+    for row, value in enumerate(seeds):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"seed of row {row} must be in [-2**63, 2**63), got {value}")
+    return seeds
 
 
 def _check_range(name: str, values: Sequence[float]) -> None:
+    limit = "1]" if name in ("top_p", "min_p") else "inf)"
     for row, value in enumerate(values):
-        is_unit = name in ("top_p", "min_p")
-        if not value >= 0 or (is_unit and value > 1):
-            raise ValueError(
-                f"{name} of row {row} must be in [0, {'1' if is_unit else 'inf'}], got {value}"
-            )
+        if not 0 <= value < math.inf or (limit == "1]" and value > 1):
+            raise ValueError(f"{name} of row {row} must be in [0, {limit}, got {value}")
+        if name == "top_k" and value != int(value):
+            raise ValueError(f"top_k of row {row} must be a whole number, got {value}")

@@ -12,8 +12,9 @@ from transformers.generation.stopping_criteria import (
     ConfidenceCriteria,
     EosTokenCriteria,
     MaxLengthCriteria,
-    MaxTimeCriteria,
 )
+
+from ..decoding import Agree, alone
 
 
 class StopRule:
@@ -23,11 +24,13 @@ class StopRule:
         criteria: as `generate` made them.
         pads: the padding before each row's prompt: criteria see padded rows, as in plain decoding.
         prompt_length: of the padded rows, tokens.
-        agree: of `decode`: a time limit must stop all processes at the same token.
+        agree: of `decode`: all processes must end a row at the same token.
 
     Attributes:
         max_length: most tokens of a padded row.
         default_pad: what to pad finished rows with if nothing else is said.
+        scores_of: (row, number of new tokens) -> their scores [1, V] each, for criteria that read
+            them; None without `output_scores`.
 
     Raises:
         ValueError: no length limit or one that leaves no room; a criterion for drafting models.
@@ -38,12 +41,13 @@ class StopRule:
         criteria: StoppingCriteriaList,
         pads: Sequence[Tensor],
         prompt_length: int,
-        agree: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+        agree: Agree,
     ) -> None:
         self._eos: set[int] = set()
-        self._clocks: list[Any] = []
         self._others: list[Any] = []
         self._pads = pads
+        self._prompt_length = prompt_length
+        self.scores_of: Callable[[int, int], tuple[Tensor, ...] | None] = lambda row, count: None
         self._agree = agree
         limits = []
         self.default_pad = 0
@@ -54,8 +58,6 @@ class StopRule:
                 self._eos.update(ends)
             elif isinstance(criterion, MaxLengthCriteria):
                 limits.append(criterion.max_length)
-            elif isinstance(criterion, MaxTimeCriteria):
-                self._clocks.append(criterion)
             elif isinstance(criterion, ConfidenceCriteria):
                 raise ValueError("stopping criterion ConfidenceCriteria is for drafting models")
             else:
@@ -72,16 +74,23 @@ class StopRule:
     def __call__(self, row: int, sequence: list[int]) -> bool:
         """Whether the row ends with its last token."""
         is_end = sequence[-1] in self._eos
-        if self._clocks:  # asked even after an end token: every process takes part in agreeing
-            is_over = any(bool(clock(torch.zeros((1, 1)), None).any()) for clock in self._clocks)
-            (over,) = self._agree((torch.tensor([is_over], device=self._pads[row].device),))
-            is_end = is_end or bool(over)
-        if is_end or not self._others:
+        if not self._others:
             return is_end
         pads = self._pads[row]
-        ids = torch.cat([pads, torch.tensor(sequence, device=pads.device)])[None]
-        return any(_is_met(criterion(ids, None)) for criterion in self._others)
+        if not is_end:
+            ids = torch.cat([pads, torch.tensor(sequence, device=pads.device)])[None]
+            scores = self.scores_of(row, ids.shape[1] - self._prompt_length)
+            is_end = any(_is_met(criterion, criterion(ids, scores)) for criterion in self._others)
+        if self._agree is alone:
+            return is_end
+        (end,) = self._agree((torch.tensor([is_end], device=pads.device),))  # clocks differ
+        return bool(end)
 
 
-def _is_met(answer: bool | Tensor) -> bool:
-    return bool(answer.any()) if isinstance(answer, Tensor) else bool(answer)
+def _is_met(criterion: Any, answer: bool | Tensor) -> bool:
+    if isinstance(answer, Tensor) and answer.numel() != 1:
+        raise ValueError(
+            f"stopping criterion {type(criterion).__name__} must answer for [1, L] tokens, "
+            f"got {list(answer.shape)} answers: rows end one by one"
+        )
+    return bool(answer)

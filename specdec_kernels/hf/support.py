@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.distributed.fsdp import is_fsdp_managed_module
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .architectures import why_refused
 from .attention import ignores_attention
@@ -29,6 +33,11 @@ _HANDLED_INPUTS = {
     "use_cache",
     "logits_to_keep",
 }
+_MODES = (  # drafting changes nothing in the other two
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,
+)
 _WARPERS = {  # in the order in which `verify` applies them: class -> (parameter, attribute)
     TemperatureLogitsWarper: ("temperature", "temperature"),
     TopKLogitsWarper: ("top_k", "top_k"),
@@ -56,11 +65,26 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} is spread over {len(devices)} devices by device_map: token trees run on one; "
             "use tensor parallelism, or device_map with one device"
         )
+    if _has_own_texts(model):
+        raise ValueError(
+            f"{name} is sharded by FSDP or ZeRO-3, whose processes have texts of their own and "
+            "take different numbers of steps; use tensor parallelism"
+        )
     reason = why_refused(model.config)
     if reason is None and "position_ids" not in inspect.signature(model.forward).parameters:
         reason = "it counts positions itself and takes no position_ids"
     if reason is not None:
         raise ValueError(f"{name} is refused: {reason}")
+
+
+def _has_own_texts(model: PreTrainedModel) -> bool:
+    """Whether processes share the weights but not the prompts."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    if torch.distributed.get_world_size() == 1:
+        return False
+    is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    return is_sharded or is_fsdp_managed_module(model) or is_deepspeed_zero3_enabled()
 
 
 def check_positions(model: PreTrainedModel, prompts: list[list[int]], max_length: int) -> None:
@@ -96,6 +120,17 @@ def check_request(
     """Raise ValueError for generation modes and inputs that cannot be exact."""
     if (config.num_beams or 1) > 1:
         raise ValueError(f"num_beams must be 1 with speculation, got {config.num_beams}")
+    mode = config.get_generation_mode()
+    if mode not in _MODES:
+        raise ValueError(
+            f"{mode.value.replace('_', ' ')}, which these options ask for, is not supported with "
+            "speculation: only greedy search and sampling"
+        )
+    if getattr(config, "assistant_ensemble_weight", None) is not None:
+        raise ValueError(
+            "assistant_ensemble_weight must be None, as another one changes the text, "
+            f"got {config.assistant_ensemble_weight}"
+        )
     for option in ("output_attentions", "output_hidden_states"):
         if getattr(config, option, None):
             raise ValueError(f"{option}=True is not supported with speculation")
@@ -104,6 +139,24 @@ def check_request(
     unknown = [k for k, v in model_inputs.items() if k not in _HANDLED_INPUTS and not _is_empty(v)]
     if unknown:
         raise ValueError(f"model inputs not supported with speculation: {', '.join(unknown)}")
+
+
+def check_position_ids(position_ids: Tensor | None, prompts: list[list[int]]) -> None:
+    """Raise ValueError unless the real tokens of every row are at positions 0, 1, 2 ...
+
+    Args:
+        position_ids: [..., B or 1, P], or None.
+        prompts: the real tokens of each row.
+    """
+    if position_ids is None:
+        return
+    for row, prompt in enumerate(prompts):
+        own = position_ids[..., row if position_ids.shape[-2] > 1 else 0, -len(prompt) :]
+        if own.shape[-1] != len(prompt) or bool((own != torch.arange(len(prompt)).to(own)).any()):
+            raise ValueError(
+                f"position_ids of row {row} must be 0, 1, ... {len(prompt) - 1} over its tokens, "
+                f"got {own.flatten()[:8].tolist()}"
+            )
 
 
 def _is_empty(value: Any) -> bool:

@@ -1,0 +1,175 @@
+"""The report as one HTML page: sections for what the records hold, no file beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .records import Records
+from .what_if import CARDS, EFFICIENCY, HOST_SECONDS, LLAMA_8B
+
+_STYLE = """
+:root { color-scheme: light dark;
+  --ink: #1d1f23; --dim: #5c626b; --page: #ffffff; --line: #dfe2e6; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --dim: #9aa1ab; --page: #16181c; --line: #33373e; }
+  .light { display: none; }
+}
+@media (prefers-color-scheme: light) { .dark { display: none; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+  max-width: 48rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+p, li { max-width: 44rem; } .dim { color: var(--dim); font-size: .9rem; }
+svg { width: 100%; height: auto; } svg text { font-family: inherit !important; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .8rem .25rem 0; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+.model { border-left: 4px solid #e69f00; padding-left: .8rem; }
+"""
+
+
+def make_page(records: Records) -> str:
+    """The page.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        sections = [*_sections(records)]
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise ImportError(
+            "report: needs matplotlib: pip install 'specdec_kernels[report]'"
+        ) from None
+    body = "\n".join(f"<h2>{escape(title)}</h2>\n{content}" for title, content in sections)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>specdec_kernels: measurements</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>specdec_kernels: measurements</h1>\n{_origin(records)}\n"
+        f"{body}\n</body></html>\n"
+    )
+
+
+def write_page(records: Records, path: Path) -> None:
+    """Write the page, whole or not at all."""
+    text = make_page(records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(path)
+
+
+def _origin(records: Records) -> str:
+    """Machine, versions and commit of each record."""
+    machines = [r["machine"] for r in (*records.e2e, *records.ops)]
+    lines = dict.fromkeys(_machine_line(machine) for machine in machines)
+    return "".join(f'<p class="dim">{escape(line)}</p>' for line in lines)
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['isa']}; read {machine['bandwidth_gbs']:.1f} GB/s and multiplied bfloat16 at "
+        f"{machine['bf16_gflops']:.0f} GFLOP/s, load {machine['load_average']}; {versions}; "
+        f"commit {machine['commit'] or 'unknown'}"
+    )
+
+
+def _sections(records: Records) -> Iterator[tuple[str, str]]:
+    from . import plots
+
+    main = records.main
+    if main is not None:
+        settings = main["machine"]["settings"]
+        title = "Speed against generate"
+        yield title, plots.both_themes(plots.speedups(main), title) + _speed_note(main)
+        if "statistics" in main:
+            title = "What is accepted"
+            yield title, plots.both_themes(plots.acceptance(main["statistics"]), title)
+        if len(main.get("example", {}).get("path", ())) > 1:
+            title = "One real step"
+            note = (
+                f"The step of one answer of {settings['model']} that kept the most: the root is "
+                "the last token written, the bold path is what the model kept."
+            )
+            drawn = plots.both_themes(plots.tree(main["example"]), title)
+            yield title, f'<div class="scroll">{drawn}</div><p class="dim">{escape(note)}</p>'
+        for key, curve in records.costs.items():
+            title = "Cost of a forward pass"
+            drawn = plots.both_themes(plots.cost_curve(curve, main["machine"]), f"{title} {key}")
+            yield title, f'{drawn}<p class="dim">{escape(key)}, by specdec tune.</p>'
+    points = records.tokens_per_step()
+    if len(points) > 1:
+        categories = list(records.e2e[0]["summary"]["specdec"])
+        lines = {name: records.tokens_per_step(name) for name in categories}
+        title = "Tokens per step"
+        note = "Full trees, without the budget; means over all verify steps."
+        yield (
+            title,
+            f'{plots.both_themes(plots.tokens_by_size(lines), title)}<p class="dim">{note}</p>',
+        )
+    for record in records.ops:
+        title = "Operators against the machine's limit"
+        note = (
+            "100 % is the roofline: the larger of least bytes / measured bandwidth and "
+            "operations / measured matrix rate. Operands are in no cache; a call also pays its "
+            "dispatch, which is most of the time of the smallest cases."
+        )
+        drawn = plots.both_themes(plots.shares_of_roofline(record["rows"]), title)
+        yield title, f'{drawn}<p class="dim">{escape(note)}</p>{_ratios(record["rows"])}'
+    if points:
+        title = "GPU what-if"
+        yield title, _what_if_note(points) + plots.both_themes(plots.what_if(points), title)
+
+
+def _speed_note(record: dict[str, Any]) -> str:
+    settings, total = record["machine"]["settings"], record["summary"]["specdec"]["all"]
+    note = (
+        f"{settings['model']}, {settings['dtype']}, greedy, {settings['max_new_tokens']} new "
+        f"tokens, batch 1, {len(record['prompts'])} prompts, drafter {settings['drafter']}, trees "
+        f"of at most {settings['max_nodes']} nodes: {total['tok_s']:.1f} tokens per second, "
+        f"{total['mean_tokens_per_step']:.2f} tokens per step."
+    )
+    return f'<p class="dim">{escape(note)}</p>'
+
+
+def _ratios(rows: list[dict[str, Any]]) -> str:
+    """Smallest, middle and largest ratio of each operator against each baseline."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        ratios.setdefault((row["op"], row["baseline"]), []).append(row["ratio"])
+    cells = []
+    for (op, baseline), values in ratios.items():
+        low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
+        shown = "".join(f"<td>{value:.1f}x</td>" for value in (low, middle, high))
+        cells.append(f"<tr><td>{escape(op)} / {escape(baseline)}</td>{shown}</tr>")
+    head = "<tr><th>faster than</th><th>least</th><th>median</th><th>most</th></tr>"
+    return f"<table>{head}{''.join(cells)}</table>"
+
+
+def _what_if_note(points: dict[int, float]) -> str:
+    kept = ", ".join(f"{tokens:.2f} of {nodes}" for nodes, tokens in points.items())
+    cards = "".join(
+        f"<li>{escape(c.name)}: {c.bandwidth_gbs:,.0f} GB/s, {c.bf16_gflops / 1e3:,.0f} TFLOP/s "
+        f"({escape(c.source)})</li>"
+        for c in CARDS
+    )
+    return (
+        '<div class="model"><p><b>A model, not a measurement.</b> If '
+        f"{escape(LLAMA_8B.name)} kept as many tokens per step as were measured here ({kept} "
+        "nodes), a GPU would gain this much, at the best tree size of each point. A pass over n "
+        "tokens of B requests of S tokens is taken to cost "
+        f"T(n) = (weight bytes / bandwidth + n 2 P / rate) / {EFFICIENCY} + "
+        "B S cache bytes / bandwidth, and the gain is "
+        "tokens per step (T(B) + host) / (T(B N) + host) "
+        f"with {HOST_SECONDS * 1e3:.1f} ms on the host (Leviathan et al., 2211.17192, with T that "
+        "depends on n). For an H100 this is within a few percent of the linear fit of passes "
+        "measured in vLLM: 5.886 ms + 21.0 µs a token + 39.3 ns a cached token.</p></div>"
+        f'<ul class="dim">{cards}</ul>'
+    )

@@ -1,0 +1,157 @@
+"""The report: what the page shows of which record, and the model of the GPU what-if."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from byte_model import save_byte_model
+
+from specdec_kernels.bench.roofline import GPUS
+from specdec_kernels.cli import main
+from specdec_kernels.report.records import read_records
+from specdec_kernels.report.what_if import LLAMA_8B, pass_seconds, speedup
+
+H100 = next(gpu for gpu in GPUS if "H100" in gpu.name)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Real records of two tree sizes and one with the budget, of a tiny model; rows of operators
+    and a cost curve in the form of theirs.
+    """
+    folder = tmp_path_factory.mktemp("records")
+    save_byte_model(folder / "model")
+    prompts = folder / "prompts.jsonl"
+    rows = [(1, "writing", "ab <b>$x$"), (2, "qa", "xyz")]
+    lines = ({"question_id": n, "category": c, "turns": [t]} for n, c, t in rows)
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    common = ["--model", str(folder / "model"), "--prompts", str(prompts), "--dtype", "fp32"]
+    paths = []
+    for name, options in {
+        "small": ["--no-budget", "--max-nodes", "4"],
+        "large": ["--no-budget", "--max-nodes", "8"],
+        "budget": [],
+    }.items():
+        paths.append(folder / f"{name}.json")
+        command = ["bench", "e2e", *common, "--max-new-tokens", "16", *options]
+        assert main([*command, "--json", str(paths[-1])]) == 0
+    machine = json.loads(paths[0].read_text())["machine"]
+    row = {
+        "op": "verify",
+        "case": "B1_N16",
+        "us": 20.0,
+        "floor_us": 5.0,
+        "baseline": "HF <warpers>",
+    }
+    ops = {"machine": machine, "rows": [{**row, "ratio": r, "case": f"B{r}"} for r in (3.0, 9.0)]}
+    costs = {"llama-3x64-float32-cpu-2": {"nodes": [1, 8, 64], "seconds": [0.01, 0.02, 0.05]}}
+    for name, record in (("ops", ops), ("costs", costs)):
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps(record))
+    return paths
+
+
+def _page(paths: list[Path], tmp_path: Path) -> str:
+    out = tmp_path / "pages" / "report.html"
+    assert main(["report", *map(str, paths), "--out", str(out)]) == 0
+    assert [p.name for p in out.parent.iterdir()] == ["report.html"]
+    return out.read_text("utf-8")
+
+
+def test_every_record_has_its_sections_on_one_page_without_files(records, tmp_path) -> None:
+    page = _page(records, tmp_path)
+    assert re.findall(r"<h2>(.*?)</h2>", page) == [
+        "Speed against generate",
+        "What is accepted",
+        "One real step",
+        "Cost of a forward pass",
+        "Tokens per step",
+        "Operators against the machine&#x27;s limit",
+        "GPU what-if",
+    ]
+    drawings = re.findall(r"<svg.*?</svg>", page, re.S)
+    assert len(drawings) == 14  # light and dark of each
+    ids = [i for drawing in drawings for i in re.findall(r'\bid="([^"]+)"', drawing)]
+    assert len(ids) == len(set(ids))
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+    targets = re.findall(r'(?:src|href)="([^"#][^"]*)"|url\(([^#)][^)]*)\)', page)
+    assert targets == [] and "<script" not in page
+    assert "A model, not a measurement" in page and "HF &lt;warpers&gt;" in page
+    assert "commit" in page and "<td>9.0x</td>" in page
+
+
+def test_a_record_alone_makes_a_page_of_its_own(records, tmp_path) -> None:
+    assert re.findall(r"<h2>(.*?)</h2>", _page(records[3:4], tmp_path)) == [
+        "Operators against the machine&#x27;s limit"
+    ]
+    assert "GPU what-if" not in _page(records[2:3], tmp_path)  # trees sized by cost tell no tau(N)
+
+
+def test_the_record_with_the_budget_is_the_main_one(records) -> None:
+    read = read_records(records)
+    assert read.main is not None and read.main["machine"]["settings"]["budget"] is None
+    assert list(read.tokens_per_step()) == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"not JSON"),
+        ("[1]", r"must be a JSON object, got list"),
+        ('{"a": 1}', r"must come from specdec bench e2e, bench ops or tune, got an object with a"),
+        ("{}", r"got an object with nothing"),
+    ],
+)
+def test_another_file_is_refused(tmp_path, capsys, text: str, message: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    assert main(["report", str(path), "--out", str(tmp_path / "r.html")]) == 1
+    assert re.search(rf"report: \S+other.json: .*{message}", capsys.readouterr().err)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_without_matplotlib_it_says_what_to_install(
+    records, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "specdec_kernels.report.plots", raising=False)
+    assert main(["report", str(records[0]), "--out", str(tmp_path / "r.html")]) == 1
+    assert "pip install 'specdec_kernels[report]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64, 256, 512])
+@pytest.mark.parametrize("cached", [500, 4000 * 32])
+def test_a_pass_costs_what_was_fitted_on_an_h100(tokens: int, cached: int) -> None:
+    """The published fit of Llama-3.1-8B in vLLM: ms, µs per token, ns per cached token."""
+    fitted = 5.886e-3 + 21.0e-6 * tokens + 39.3e-9 * cached
+    assert pass_seconds(H100, LLAMA_8B, tokens, cached) == pytest.approx(fitted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "kept", "batch", "context", "published"),
+    [
+        (4, 2.4, 1, 500, 1.83), (4, 2.4, 32, 500, 1.61), (4, 2.4, 128, 4000, 1.79),
+        (6, 3.0, 1, 500, 2.28), (6, 3.0, 32, 500, 1.81), (6, 3.0, 128, 4000, 1.97),
+    ],
+)  # fmt: skip
+def test_speedups_follow_from_the_fit(
+    nodes: int, kept: float, batch: int, context: int, published: float
+) -> None:
+    """EAGLE-3 with a draft pass of 2.14 ms, by the formula from the same fit."""
+    options = {"batch": batch, "context": context, "draft_seconds": 2.14e-3}
+    ratio, size = speedup(H100, LLAMA_8B, {nodes: kept}, **options)
+    assert size == nodes and ratio == pytest.approx(published, rel=0.05)
+
+
+def test_where_trees_do_not_pay_the_model_decodes_plainly() -> None:
+    assert speedup(H100, LLAMA_8B, {64: 1.5}, batch=256, context=500) == (1.0, 1)
+    both: dict[int, Any] = {8: 2.0, 32: 2.2}
+    assert speedup(H100, LLAMA_8B, both, batch=1, context=500)[1] == 32
+    assert speedup(H100, LLAMA_8B, both, batch=32, context=500)[1] == 8
