@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import make_tiny_model
 from torch import Tensor, nn
 
 from specdec_kernels import SpeculativeDecoder
@@ -139,8 +140,8 @@ def test_free_memory_is_that_of_the_control_group(monkeypatch, tmp_path) -> None
     assert packing._free_bytes() > 2**20
 
 
-def test_the_decoder_packs_and_unpacks(tiny_model, monkeypatch) -> None:
-    model = tiny_model.to(torch.bfloat16)
+def test_the_decoder_packs_and_unpacks(monkeypatch) -> None:
+    model = make_tiny_model().bfloat16()
     seen = []
     monkeypatch.setattr(packing, "_forward", lambda linear: seen.append(linear) or linear.forward)
     ids = torch.tensor([[5, 6, 7]])
