@@ -42,10 +42,17 @@ fmt: setup ## format everything in place
 	$(BIN)/ruff format .
 	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
 
-bench: setup ## measure operators and whole generations into results/
+bench: setup ## measure operators and whole generations into results/, with a page to look at
 	mkdir -p $(RESULTS)
 	$(BIN)/specdec bench ops --json $(RESULTS)/ops.json
-	$(BIN)/specdec bench e2e --json $(RESULTS)/e2e.json
+	$(BIN)/specdec tune
+	$(BIN)/specdec tune --output $(RESULTS)/costs.json
+	$(BIN)/specdec bench e2e --modes generate,prompt_lookup,plain,specdec --json $(RESULTS)/e2e.json
+	for nodes in 4 8 16 32; do \
+	  $(BIN)/specdec bench e2e --modes generate,specdec --no-budget --max-nodes $$nodes \
+	    --json $(RESULTS)/e2e-$$nodes.json || exit; \
+	done
+	cd $(RESULTS) && ../$(BIN)/specdec report ops.json costs.json e2e*.json
 
 bench-gpu: setup ## test the CUDA and Triton kernels on the GPU here, then measure them
 	mkdir -p $(RESULTS)

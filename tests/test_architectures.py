@@ -6,11 +6,12 @@ import pytest
 import torch
 from prompts import left_pad, random_prompts
 from tiny_models import VOCAB, tiny_model
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from specdec_kernels import OracleDrafter, SpeculativeDecoder
 from specdec_kernels.cli import main
+from specdec_kernels.hf import support
 from specdec_kernels.hf.architectures import EXACT, REFUSED, support_rows, why_refused
 from specdec_kernels.hf.locality import Locality, visible_slots
 
@@ -86,6 +87,22 @@ def test_a_refused_architecture_says_why(model_type: str, message: str) -> None:
             custom_generate=SpeculativeDecoder(),
         )
     assert model.config._attn_implementation == before
+
+
+def test_a_type_that_is_not_in_the_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """kosmos-2.5 looks like the others, and writes something else; a user's own class is free."""
+
+    class Own(LlamaForCausalLM):
+        pass
+
+    model = tiny_model("llama")
+    own = Own(model.config)
+    options = {"max_new_tokens": 3, "custom_generate": SpeculativeDecoder()}
+    inputs = left_pad(random_prompts((5,), VOCAB))
+    monkeypatch.setattr(support, "EXACT", EXACT - {"llama"})
+    with pytest.raises(ValueError, match="LlamaForCausalLM is refused: its type llama is not amo"):
+        model.generate(**inputs, **options)
+    own.generate(**inputs, **options)
 
 
 def test_windows_matter_at_these_lengths() -> None:

@@ -158,6 +158,20 @@ def test_return_dict_and_generation_config_are_honoured(tiny_model, rows, truth)
     assert output.sequences[0].tolist() == truth[0][: len(rows[0]) + 5]
 
 
+def test_models_may_view_the_positions(tiny_model, rows) -> None:
+    """As kosmos-2 does."""
+    sizes: list[int] = []
+    hook = tiny_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["position_ids"].view(-1).shape[0]),
+        with_kwargs=True,
+    )
+    try:
+        specdec_kernels.generate(tiny_model, **left_pad(rows), drafter=None, max_new_tokens=3)
+    finally:
+        hook.remove()
+    assert sizes == [3 * 30, 3, 3]
+
+
 class _Recorder(BaseStreamer):
     def __init__(self) -> None:
         self.tokens: list[int] = []

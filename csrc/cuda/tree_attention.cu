@@ -22,7 +22,7 @@
 namespace specdec::cuda {
 namespace {
 
-constexpr int kMergeThreads = 128;
+constexpr int kMergeThreads = 128, kMergeResident = 12;  // blocks of a processor, by registers
 constexpr int64_t kMaxSplits = 256;
 // A longer request is split even where the requests alone would fill the device: lengths are ragged
 // and the longest one ends last.
@@ -32,7 +32,7 @@ constexpr int64_t kBlocksPerProcessor = 2;  // unmeasured; they set the number o
 
 // A warp joins the splits of one row.
 template <class T>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, kMergeResident)
     attend_merge_kernel(const __grid_constant__ AttentionParams params) {
   const TreeAttentionParams& call = params.call;
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;

@@ -26,7 +26,10 @@ xlm-roberta-xl youtu
 """
 _ATTENDS_SINCE_5_24 = frozenset(("codegen", "gptj"))
 _IS_OLDER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
-EXACT = frozenset(_EXACT.split()) - (_ATTENDS_SINCE_5_24 if _IS_OLDER else frozenset())
+_TEXT_PARTS = frozenset(("emu3_text_model", "mllama_text_model"))  # of emu3 and mllama
+EXACT = (frozenset(_EXACT.split()) | _TEXT_PARTS) - (
+    _ATTENDS_SINCE_5_24 if _IS_OLDER else frozenset()
+)
 """Model types whose output is equal to plain decoding, in float32 token for token."""
 
 _REASONS = {

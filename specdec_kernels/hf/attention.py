@@ -196,7 +196,7 @@ def _attend(
             )
         if call.places is not None:
             out = spread(out, call.places)
-        return out.transpose(1, 2).contiguous(), None  # some models view it
+        return out.transpose(1, 2), None
     locality = locality_of(type(module).__name__, attention_mask, sliding_window)
     if isinstance(call, Localities) and layer is not None:
         call.by_layer[layer] = locality

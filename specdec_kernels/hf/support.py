@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .architectures import why_refused
+from .architectures import EXACT, why_refused
 from .attention import ignores_attention
 from .cache import CACHE_KEYWORDS
 
@@ -71,6 +71,12 @@ def check_model(model: PreTrainedModel) -> None:
             "take different numbers of steps; use tensor parallelism"
         )
     reason = why_refused(model.config)
+    is_of_transformers = type(model).__module__.startswith("transformers.models.")
+    if reason is None and is_of_transformers and model.config.model_type not in EXACT:
+        reason = (
+            f"its type {model.config.model_type} is not among those that are tested to be exact; "
+            "see `specdec env --models`"
+        )
     if reason is None and "position_ids" not in inspect.signature(model.forward).parameters:
         reason = "it counts positions itself and takes no position_ids"
     if reason is not None:

@@ -82,7 +82,8 @@ class HFTarget:
         with handing(cache.localities):
             out = self.model(
                 input_ids=pad_rows(prompts, torch.int64, self.device),
-                position_ids=torch.arange(width, device=self.device).expand(len(prompts), -1),
+                # some models view it as one row
+                position_ids=torch.arange(width, device=self.device).repeat(len(prompts), 1),
                 use_cache=True,
                 logits_to_keep=(lengths.long() - 1)[:, None],
                 **{cache_keyword(self.model): cache},
