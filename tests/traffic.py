@@ -80,25 +80,6 @@ ROWS = (
         12.0,
         why="k > 64: ten sweeps, of which the cache serves nine, and a sort in global memory",
     ),
-    Row("sample", {"R": 1, "V": 32000, "greedy": True}, 1.06, why="summaries of tiles"),
-    Row(
-        "sample",
-        {"R": 2, "V": 32000},
-        7.58,
-        why="filters are searched in several passes over the tiles that can hold their edge",
-    ),
-    Row(
-        "verify",
-        {"B": 1, "N": 8, "V": 32000, "greedy": True},
-        1.4,
-        why="rows of all nodes are summarised ahead, those that no walk comes by too",
-    ),
-    Row(
-        "verify",
-        {"B": 2, "N": 8, "V": 8000},
-        10.6,
-        why="the same, and filters are searched as in sample",
-    ),
     Row("build_tree", {"B": 1, "T": 5, "K": 10, "N": 60, "beams": True}, 1.0),
     Row("build_tree", {"B": 2, "T": 8, "K": 8, "N": 64}, 1.0),
     Row(

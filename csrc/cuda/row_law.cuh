@@ -91,9 +91,8 @@ struct Scores {
   __device__ bool is_empty() const { return !(largest > -INFINITY); }
 
   __device__ float score(float logit) const { return row.score(logit, is_infinite); }
-  __device__ float tile_largest(int32_t tile) const {
-    return score(load_global(summaries.maxima + tile));
-  }
+  // One word for a whole warp, which decides whether the tile is read: no bulk traffic.
+  __device__ float tile_largest(int32_t tile) const { return score(summaries.maxima[tile]); }
 
   // The scores of a load; -inf where they do not reach the edge.
   __device__ void load(int32_t first, float edge, float (&values)[kVector]) const {
@@ -124,9 +123,10 @@ struct Scores {
     }
   }
 
-  // A tile's best, or no key if it is void.
+  // A tile's best, or no key if it is void: tiles without +inf, in a row with some.
   __device__ RankKey tile_best(int32_t tile) const {
-    return tile_largest(tile) == -INFINITY ? kNoKey : load_global(summaries.best + tile);
+    const bool is_void = is_infinite && tile_largest(tile) == -INFINITY;
+    return is_void ? kNoKey : load_global(summaries.best + tile);
   }
 };
 
