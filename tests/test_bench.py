@@ -22,6 +22,8 @@ FIELDS = {
     "us",
     "spread",
     "floor_us",
+    "num_bytes",
+    "num_flops",
     "baseline",
     "baseline_us",
     "baseline_spread",
