@@ -13,6 +13,9 @@ from ..hf.generate import SpeculativeDecoder
 from ..hf.text import TextModel
 from ..tree import Proposal
 
+_FEWEST_REJECTED = 4
+"""Nodes, of an interesting tree."""
+
 
 class _Witness(Drafter):
     """Another drafter, and the step of which the target kept the most."""
@@ -37,8 +40,7 @@ class _Witness(Drafter):
     def observe(self, verified: Verified) -> None:
         path, size = list(verified.paths[0]), int(verified.tree.num_nodes[0])
         # a tree with something to choose, and the smaller of equals: it is easier to draw
-        mine, best = len(path), len(self.path)
-        if (size > mine, mine, -size) > (len(self.tokens) > best, best, -len(self.tokens)):
+        if _interest(len(path), size) > _interest(len(self.path), len(self.tokens)):
             self.path = path
             self.tokens = verified.tree.tokens[0, :size].tolist()
             self.parents = verified.tree.parents[0, :size].tolist()
@@ -46,6 +48,10 @@ class _Witness(Drafter):
 
     def end(self, sequences: Sequence[Sequence[int]], num_prompt: Sequence[int]) -> None:
         self._drafter.end(sequences, num_prompt)
+
+
+def _interest(kept: int, size: int) -> tuple[bool, int, int]:
+    return size >= kept + _FEWEST_REJECTED, kept, -size
 
 
 def example_step(

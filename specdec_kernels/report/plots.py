@@ -25,12 +25,13 @@ class Theme:
 
     Attributes:
         name: "light" or "dark".
-        ink, faint: of text, and of lines that only help.
+        page, ink, faint: of the page, of text, and of lines that only help.
         colours: of series; told apart by the colour-blind (Okabe and Ito, 2008).
         accepted: of draft tokens that were kept.
     """
 
     name: str
+    page: str
     ink: str
     faint: str
     colours: tuple[str, ...]
@@ -40,8 +41,8 @@ class Theme:
 _OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _LIGHTER = ("#56b4e9", "#ff8c42", "#2fc99a", "#e29ac4", "#f0c24b", "#8ab6ff")
 THEMES = (
-    Theme("light", "#1d1f23", "#c9ccd1", _OKABE_ITO, "#009e73"),
-    Theme("dark", "#e6e8eb", "#4a4f57", _LIGHTER, "#2fc99a"),
+    Theme("light", "#ffffff", "#1d1f23", "#c9ccd1", _OKABE_ITO, "#009e73"),
+    Theme("dark", "#16181c", "#e6e8eb", "#4a4f57", _LIGHTER, "#2fc99a"),
 )
 _MODES = {
     "prompt_lookup": "generate, its prompt lookup",
@@ -82,7 +83,7 @@ def speedups(record: dict[str, Any]) -> Draw:
         axes.invert_yaxis()
         axes.set_xlabel("tokens per second against generate (median over prompts)")
         axes.margins(x=0.1)
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
         return figure
 
     return draw
@@ -211,7 +212,7 @@ def tree(example: dict[str, Any]) -> Draw:
                 fontsize=8,
                 color=theme.ink if is_kept else theme.faint if theme.name == "dark" else "#70757d",
                 fontweight="bold" if is_kept else "normal",
-                bbox={"boxstyle": "round,pad=0.25", "fc": "#0000", "ec": colour, "lw": 1.2},
+                bbox={"boxstyle": "round,pad=0.25", "fc": theme.page, "ec": colour, "lw": 1.2},
                 zorder=2,
             )
         axes.set_xlim(-0.6, max(depth.values()) + 0.6)
