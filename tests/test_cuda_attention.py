@@ -15,8 +15,16 @@ from typing import Any
 import cuda_emulated
 import pytest
 import torch
+from attention_checks import (
+    EDGES,
+    assert_equals_reference,
+    at_the_edge,
+    hide,
+    int32,
+    one_tree,
+    spread_out,
+)
 from test_sanitizers import BUILD, ROOT, programs
-from torch import Tensor
 
 from specdec_kernels.ops import tree_attention
 
@@ -28,31 +36,6 @@ ID = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloa
 __all__ = ["programs"]  # a fixture
 
 
-def _int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def _inputs(**sizes: Any) -> dict[str, Any]:
-    """As the operator's, but every request has the first one's tree, which has all N nodes."""
-    inputs = tree_attention.inputs(**sizes)
-    for name in ("ancestors", "depths", "num_nodes"):
-        inputs[name] = inputs[name][:1].expand_as(inputs[name]).clone()
-    return inputs
-
-
-def _equals_reference(inputs: dict[str, Any]) -> None:
-    dtype = inputs["q"].dtype
-    got = tree_attention(**inputs, backend=BACKEND)
-    want = tree_attention(**inputs, backend="reference")
-    for g, w in zip(got, want, strict=True):
-        assert g.shape == w.shape and g.dtype == w.dtype
-        finite = w.isfinite()
-        torch.testing.assert_close(g[~finite], w[~finite], rtol=0, atol=0, equal_nan=True)
-        if finite.any():
-            limit = tree_attention.tolerance[dtype] * float(w[finite].abs().max())
-            assert float((g[finite].double() - w[finite].double()).abs().max()) <= limit
-
-
 def _counters(inputs: dict[str, Any]) -> dict[str, int]:
     cuda_emulated.emulated.take_counters()
     tree_attention(**inputs, backend=BACKEND)
@@ -60,29 +43,10 @@ def _counters(inputs: dict[str, Any]) -> dict[str, int]:
     return counters
 
 
-CASES = {
-    "one node": {"N": 1, "H": 8, "G": 1, "D": 64, "S": 150},
-    "no prefix": {"N": 5, "H": 6, "G": 2, "D": 80, "S": 5, "sinks": True},
-    "window inside the tree": {"N": 16, "H": 8, "G": 2, "D": 96, "S": 60, "window": 2},
-    "a whole word": {"N": 64, "H": 1, "G": 1, "D": 64, "S": 190, "softcap": 30.0},
-    "a word and a bit": {"N": 65, "H": 3, "G": 1, "D": 64, "S": 97, "page_size": 16},
-    "three words": {"N": 130, "H": 1, "G": 1, "D": 16, "S": 170, "window": 40, "sinks": True},
-    "pages of no power of two": {
-        "N": 9, "H": 4, "G": 4, "D": 128, "S": 99, "page_size": 11, "window": 50, "softcap": 5.0,
-    },
-    "wide heads": {"N": 3, "H": 2, "G": 1, "D": 256, "S": 140, "page_size": 128},
-    "narrow heads": {"N": 3, "H": 2, "G": 2, "D": 4, "S": 40},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=ID)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", EDGES.values(), ids=EDGES)
 def test_equals_the_reference_at_the_edges(case: dict[str, Any], dtype: torch.dtype) -> None:
-    inputs = _inputs(B=3, **case, dtype=dtype, seed=1)
-    nodes = case["N"]
-    inputs["lengths"] = _int32(0, 0, case["S"] - nodes)
-    inputs["num_nodes"] = _int32((nodes + 1) // 2, 0, nodes)
-    _equals_reference(inputs)
+    assert_equals_reference(at_the_edge(case, dtype), BACKEND)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ID)
@@ -93,34 +57,29 @@ def test_equals_the_reference_at_the_edges(case: dict[str, Any], dtype: torch.dt
 def test_values_may_be_narrower_or_wider_than_keys(
     D: int, E: int, page_size: int, dtype: torch.dtype
 ) -> None:
-    inputs = _inputs(B=2, N=4, H=4, G=2, D=D, S=140, page_size=page_size, dtype=dtype)
+    inputs = one_tree(B=2, N=4, H=4, G=2, D=D, S=140, page_size=page_size, dtype=dtype)
     inputs["v_cache"] = torch.randn((*inputs["k_cache"].shape[:3], E)).to(dtype)
-    _equals_reference(inputs)
+    assert_equals_reference(inputs, BACKEND)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ID)
 def test_no_stride_need_be_1(dtype: torch.dtype) -> None:
-    inputs = _inputs(B=2, N=4, H=4, G=2, D=32, S=70, dtype=dtype)
-    for name in ("q", "k_cache", "v_cache"):
-        spread = torch.full((*inputs[name].shape, 3), torch.nan).to(dtype)
-        spread[..., 1] = inputs[name]
-        inputs[name] = spread[..., 1]
-    for name in ("ancestors", "depths", "lengths", "num_nodes"):
-        inputs[name] = torch.stack([inputs[name], inputs[name] * 0 - 7], -1)[..., 0]
-    _equals_reference(inputs)
+    inputs = one_tree(B=2, N=4, H=4, G=2, D=32, S=70, dtype=dtype)
+    spread_out(inputs)
+    assert_equals_reference(inputs, BACKEND)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ID)
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
 def test_rows_need_not_be_aligned(name: str, dtype: torch.dtype) -> None:
     """One tensor starts an element late. Keys are copied 16 bytes at once if only q does."""
-    inputs = _inputs(B=2, N=3, H=4, G=2, D=32, S=70, dtype=dtype)
+    inputs = one_tree(B=2, N=3, H=4, G=2, D=32, S=70, dtype=dtype)
     shape = inputs[name].shape
     late = torch.zeros(inputs[name].numel() + 1, dtype=dtype)[1:].view(shape)
     inputs[name] = late.copy_(inputs[name])
     copied = _counters(inputs)["copied_bytes"]
     assert (copied > 0) == (name == "q")
-    _equals_reference(inputs)
+    assert_equals_reference(inputs, BACKEND)
 
 
 @pytest.mark.parametrize(
@@ -134,43 +93,30 @@ def test_any_number_of_splits_gives_the_same(
     rows.
     """
     window = 150 if processors == 24 else 0
-    inputs = _inputs(B=4, N=9, H=4, G=1, D=32, S=600, window=window, sinks=True, dtype=dtype)
-    inputs["lengths"] = _int32(0, 3, 140, 591)
-    inputs["num_nodes"] = _int32(9, 9, 0, 5)
+    inputs = one_tree(B=4, N=9, H=4, G=1, D=32, S=600, window=window, sinks=True, dtype=dtype)
+    inputs["lengths"] = int32(0, 3, 140, 591)
+    inputs["num_nodes"] = int32(9, 9, 0, 5)
     with cuda_emulated.in_order(order), cuda_emulated.on_processors(processors):
         assert _counters(inputs)["launches"] == (1 if processors == 1 else 2)
-        _equals_reference(inputs)
+        assert_equals_reference(inputs, BACKEND)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ID)
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_slots_that_nobody_sees_are_never_read(page_size: int, dtype: torch.dtype) -> None:
-    window, size = 20, 96
-    inputs = _inputs(
-        B=2, N=5, H=2, G=1, D=16, S=size, window=window, page_size=page_size, dtype=dtype
-    )
-    inputs["lengths"], inputs["num_nodes"] = _int32(70, 12), _int32(3, 5)
-    for b in range(2):
-        first = max(int(inputs["lengths"][b]) - window + 1, 0)
-        end = int(inputs["lengths"][b] + inputs["num_nodes"][b])
-        for slot in (*range(first), *range(end, size)):
-            page, at = (b, slot) if not page_size else divmod(slot, page_size)
-            if page_size:
-                page = int(inputs["page_table"][b, page])
-            inputs["k_cache"][page, :, at] = torch.nan
-            inputs["v_cache"][page, :, at] = torch.nan
-    if page_size:  # nor are pages looked up
-        inputs["page_table"][1, 2:] = 2**31 - 1
-    _equals_reference(inputs)
+    inputs = one_tree(B=2, N=5, H=2, G=1, D=16, S=96, window=20, page_size=page_size, dtype=dtype)
+    inputs["lengths"], inputs["num_nodes"] = int32(70, 12), int32(3, 5)
+    hide(inputs, page_size)
+    assert_equals_reference(inputs, BACKEND)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ID)
 def test_lengths_and_pages_beyond_the_cache_reach_no_other_memory(dtype: torch.dtype) -> None:
     """Contents that the reference refuses on the host; memory is watched in test_sanitizers.py."""
-    inputs = _inputs(B=3, N=5, H=2, G=1, D=16, S=96, page_size=16, window=50, dtype=dtype)
-    inputs["lengths"] = _int32(94, 2**31 - 10, -3)
-    inputs["num_nodes"] = _int32(5, 7, -1)
-    inputs["page_table"][0, 4:] = _int32(-5, 10**6)
+    inputs = one_tree(B=3, N=5, H=2, G=1, D=16, S=96, page_size=16, window=50, dtype=dtype)
+    inputs["lengths"] = int32(94, 2**31 - 10, -3)
+    inputs["num_nodes"] = int32(5, 7, -1)
+    inputs["page_table"][0, 4:] = int32(-5, 10**6)
     for name in ("k_cache", "v_cache"):
         inputs[name] = inputs[name].nan_to_num()
     out, lse = tree_attention(**inputs, backend=BACKEND)
@@ -184,25 +130,25 @@ def test_lengths_and_pages_beyond_the_cache_reach_no_other_memory(dtype: torch.d
 def test_logits_that_are_not_finite_end_as_in_the_reference(
     value: float, processors: int, dtype: torch.dtype
 ) -> None:
-    inputs = _inputs(B=2, N=3, H=2, G=1, D=16, S=300, dtype=dtype)
+    inputs = one_tree(B=2, N=3, H=2, G=1, D=16, S=300, dtype=dtype)
     inputs["q"] = inputs["q"].abs()
-    inputs["lengths"], inputs["num_nodes"] = _int32(297, 150), _int32(3, 3)
+    inputs["lengths"], inputs["num_nodes"] = int32(297, 150), int32(3, 3)
     inputs["k_cache"][0, 0, 40] = value
     inputs["k_cache"][1, 0, 152] = value  # the last node, which it alone sees
     inputs["ancestors"][1, :2] &= 3
     with cuda_emulated.on_processors(processors):
-        _equals_reference(inputs)
+        assert_equals_reference(inputs, BACKEND)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=ID)
 def test_a_cache_may_reach_beyond_32_bit_offsets(dtype: torch.dtype) -> None:
     """Two requests far apart, in memory of which only touched pages exist."""
     far = 2**31 + 64
-    inputs = _inputs(B=2, N=2, H=2, G=1, D=16, S=6, dtype=dtype)
+    inputs = one_tree(B=2, N=2, H=2, G=1, D=16, S=6, dtype=dtype)
     storage = torch.empty(far + 6 * 16, dtype=dtype)
     k_cache = storage.as_strided((2, 1, 6, 16), (far, 16 * 6, 16, 1))
     inputs["k_cache"] = k_cache.copy_(inputs["k_cache"])
-    _equals_reference(inputs)
+    assert_equals_reference(inputs, BACKEND)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ID)
@@ -213,9 +159,9 @@ def test_moves_the_bytes_that_it_says(
 ) -> None:
     """Each element of K and V once per head, row tile and call; partial sums once or not at all."""
     heads, kv_heads, window, D, E, size = 8, 2, 180, 64, 32, dtype.itemsize
-    inputs = _inputs(B=2, N=nodes, H=heads, G=kv_heads, D=D, S=400, window=window, dtype=dtype)
+    inputs = one_tree(B=2, N=nodes, H=heads, G=kv_heads, D=D, S=400, window=window, dtype=dtype)
     inputs["v_cache"] = torch.randn((2, kv_heads, 400, E)).to(dtype)
-    inputs["lengths"], inputs["num_nodes"] = _int32(3, 340), _int32(nodes, nodes)
+    inputs["lengths"], inputs["num_nodes"] = int32(3, 340), int32(nodes, nodes)
     with cuda_emulated.on_processors(processors):
         counters = _counters(inputs)
     keys = [3 + nodes, window - 1 + nodes]
@@ -242,15 +188,15 @@ def test_moves_the_bytes_that_it_says(
 @pytest.mark.parametrize("dtype", HALVES, ids=ID)
 @pytest.mark.parametrize("D", [16, 64, 80, 96, 112, 128, 256])
 def test_shared_memory_has_no_bank_conflicts(D: int, nodes: int, dtype: torch.dtype) -> None:
-    counters = _counters(_inputs(B=1, N=nodes, H=2, G=1, D=D, S=150, dtype=dtype))
+    counters = _counters(one_tree(B=1, N=nodes, H=2, G=1, D=D, S=150, dtype=dtype))
     assert counters["matrix_loads"] > 0 and counters["bank_conflicts"] == 0
 
 
 def test_a_tile_takes_one_barrier() -> None:
     barriers = []
     for tiles in (2, 3):
-        inputs = _inputs(B=2, N=1, H=2, G=1, D=64, S=64 * tiles, dtype=torch.bfloat16)
-        inputs["lengths"] = _int32(64 * tiles - 1, 0)
+        inputs = one_tree(B=2, N=1, H=2, G=1, D=64, S=64 * tiles, dtype=torch.bfloat16)
+        inputs["lengths"] = int32(64 * tiles - 1, 0)
         with cuda_emulated.on_processors(1):
             barriers.append(_counters(inputs)["barriers"])
     assert barriers[1] - barriers[0] == 1

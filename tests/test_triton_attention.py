@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from attention_checks import (
+    EDGES,
+    assert_equals_reference,
+    at_the_edge,
+    hide,
+    int32,
+    one_tree,
+    spread_out,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 from specdec_kernels.ops import tree_attention
@@ -24,72 +32,23 @@ kernel = importlib.import_module("specdec_kernels.triton_kernels.tree_attention"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def _inputs(**sizes: Any) -> dict[str, Any]:
-    """As the operator's, but every request has the first one's tree, which has all N nodes."""
-    inputs = tree_attention.inputs(**sizes)
-    for name in ("ancestors", "depths", "num_nodes"):
-        inputs[name] = inputs[name][:1].expand_as(inputs[name]).clone()
-    return inputs
-
-
-def _check(inputs: dict[str, Any]) -> None:
-    dtype = inputs["q"].dtype
-    got = tree_attention(**inputs, backend="triton")
-    want = tree_attention(**inputs, backend="reference")
-    for g, w in zip(got, want, strict=True):
-        assert g.shape == w.shape and g.dtype == w.dtype
-        finite = w.isfinite()
-        torch.testing.assert_close(g[~finite], w[~finite], rtol=0, atol=0, equal_nan=True)
-        if finite.any():
-            limit = tree_attention.tolerance[dtype] * float(w[finite].abs().max())
-            assert float((g[finite].double() - w[finite].double()).abs().max()) <= limit
-
-
-CASES = {
-    "one node": {"N": 1, "H": 8, "G": 1, "D": 64, "S": 150},
-    "no prefix": {"N": 5, "H": 6, "G": 2, "D": 80, "S": 5, "sinks": True},
-    "window inside the tree": {"N": 16, "H": 8, "G": 2, "D": 96, "S": 60, "window": 2},
-    "a whole word": {"N": 64, "H": 1, "G": 1, "D": 64, "S": 190, "softcap": 30.0},
-    "a word and a bit": {"N": 65, "H": 3, "G": 1, "D": 64, "S": 97, "page_size": 16},
-    "three words": {"N": 130, "H": 1, "G": 1, "D": 16, "S": 170, "window": 40, "sinks": True},
-    "pages of no power of two": {
-        "N": 9, "H": 4, "G": 4, "D": 128, "S": 99, "page_size": 11, "window": 50, "softcap": 5.0,
-    },
-    "wide heads": {"N": 3, "H": 2, "G": 1, "D": 256, "S": 140, "page_size": 128},
-    "narrow heads": {"N": 3, "H": 2, "G": 2, "D": 4, "S": 40},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", EDGES.values(), ids=EDGES)
 def test_equals_the_reference_at_the_edges(case: dict[str, Any], dtype: torch.dtype) -> None:
-    inputs = _inputs(B=3, **case, dtype=dtype, seed=1)
-    nodes = case["N"]
-    inputs["lengths"] = _int32(0, 0, case["S"] - nodes)
-    inputs["num_nodes"] = _int32((nodes + 1) // 2, 0, nodes)
-    _check(inputs)
+    assert_equals_reference(at_the_edge(case, dtype), "triton")
 
 
 @pytest.mark.parametrize(("D", "E"), [(48, 16), (64, 128), (192, 128)])
 def test_values_may_be_narrower_or_wider_than_keys(D: int, E: int) -> None:
-    inputs = _inputs(B=2, N=4, H=4, G=2, D=D, S=70)
+    inputs = one_tree(B=2, N=4, H=4, G=2, D=D, S=70)
     inputs["v_cache"] = torch.randn((2, 2, 70, E))
-    _check(inputs)
+    assert_equals_reference(inputs, "triton")
 
 
 def test_no_stride_need_be_1() -> None:
-    inputs = _inputs(B=2, N=4, H=4, G=2, D=32, S=70)
-    for name in ("q", "k_cache", "v_cache"):
-        spread = torch.full((*inputs[name].shape, 3), torch.nan)
-        spread[..., 1] = inputs[name]
-        inputs[name] = spread[..., 1]
-    for name in ("ancestors", "depths", "lengths", "num_nodes"):
-        inputs[name] = torch.stack([inputs[name], inputs[name] * 0 - 7], -1)[..., 0]
-    _check(inputs)
+    inputs = one_tree(B=2, N=4, H=4, G=2, D=32, S=70)
+    spread_out(inputs)
+    assert_equals_reference(inputs, "triton")
 
 
 @pytest.mark.parametrize(
@@ -103,38 +62,27 @@ def test_any_number_of_splits_gives_the_same(
     """
     monkeypatch.setattr(kernel, "count_splits", lambda *_: num_splits)
     window = 150 if num_splits == 7 else 0
-    inputs = _inputs(B=4, N=9, H=4, G=1, D=32, S=400, window=window, sinks=True)
-    inputs["lengths"] = _int32(0, 3, 140, 391)
-    inputs["num_nodes"] = _int32(9, 9, 0, 5)
+    inputs = one_tree(B=4, N=9, H=4, G=1, D=32, S=400, window=window, sinks=True)
+    inputs["lengths"] = int32(0, 3, 140, 391)
+    inputs["num_nodes"] = int32(9, 9, 0, 5)
     with triton_checks.in_order(order):
-        _check(inputs)
+        assert_equals_reference(inputs, "triton")
 
 
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_slots_that_nobody_sees_are_never_read(page_size: int) -> None:
-    window, size = 20, 96
-    inputs = _inputs(B=2, N=5, H=2, G=1, D=16, S=size, window=window, page_size=page_size)
-    inputs["lengths"], inputs["num_nodes"] = _int32(70, 12), _int32(3, 5)
-    for b in range(2):
-        first = max(int(inputs["lengths"][b]) - window + 1, 0)
-        end = int(inputs["lengths"][b] + inputs["num_nodes"][b])
-        for slot in (*range(first), *range(end, size)):
-            page, at = (b, slot) if not page_size else divmod(slot, page_size)
-            if page_size:
-                page = int(inputs["page_table"][b, page])
-            inputs["k_cache"][page, :, at] = torch.nan
-            inputs["v_cache"][page, :, at] = torch.nan
-    if page_size:  # nor are pages looked up
-        inputs["page_table"][1, 2:] = 2**31 - 1
-    _check(inputs)
+    inputs = one_tree(B=2, N=5, H=2, G=1, D=16, S=96, window=20, page_size=page_size)
+    inputs["lengths"], inputs["num_nodes"] = int32(70, 12), int32(3, 5)
+    hide(inputs, page_size)
+    assert_equals_reference(inputs, "triton")
 
 
 def test_lengths_and_pages_beyond_the_cache_reach_no_other_memory() -> None:
     """Contents that the reference refuses on the host: bounds are what is checked here."""
-    inputs = _inputs(B=3, N=5, H=2, G=1, D=16, S=96, page_size=16, window=50)
-    inputs["lengths"] = _int32(94, 2**31 - 10, -3)
-    inputs["num_nodes"] = _int32(5, 7, -1)
-    inputs["page_table"][0, 4:] = _int32(-5, 10**6)
+    inputs = one_tree(B=3, N=5, H=2, G=1, D=16, S=96, page_size=16, window=50)
+    inputs["lengths"] = int32(94, 2**31 - 10, -3)
+    inputs["num_nodes"] = int32(5, 7, -1)
+    inputs["page_table"][0, 4:] = int32(-5, 10**6)
     out, lse = tree_attention(**inputs, backend="triton")
     assert bool((out[2] == 0).all()) and bool((lse[2] == -torch.inf).all())
 
@@ -145,23 +93,23 @@ def test_logits_that_are_not_finite_end_as_in_the_reference(
     value: float, num_splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "count_splits", lambda *_: num_splits)
-    inputs = _inputs(B=2, N=3, H=2, G=1, D=16, S=200)
+    inputs = one_tree(B=2, N=3, H=2, G=1, D=16, S=200)
     inputs["q"] = inputs["q"].abs()
-    inputs["lengths"], inputs["num_nodes"] = _int32(197, 150), _int32(3, 3)
+    inputs["lengths"], inputs["num_nodes"] = int32(197, 150), int32(3, 3)
     inputs["k_cache"][0, 0, 40] = value
     inputs["k_cache"][1, 0, 152] = value  # the last node, which it alone sees
     inputs["ancestors"][1, :2] &= 3
-    _check(inputs)
+    assert_equals_reference(inputs, "triton")
 
 
 def test_a_cache_may_reach_beyond_32_bit_offsets() -> None:
     """Two requests and heads far apart, in memory of which only touched pages exist."""
     far = 2**31 + 64
-    inputs = _inputs(B=2, N=2, H=2, G=1, D=16, S=6, dtype=torch.float16)
+    inputs = one_tree(B=2, N=2, H=2, G=1, D=16, S=6, dtype=torch.float16)
     storage = torch.empty(far + 6 * 16, dtype=torch.float16)
     k_cache = storage.as_strided((2, 1, 6, 16), (far, 16 * 6, 16, 1))
     inputs["k_cache"] = k_cache.copy_(inputs["k_cache"])
-    _check(inputs)
+    assert_equals_reference(inputs, "triton")
 
 
 @pytest.mark.parametrize(("rows", "tiles"), [(8, 1), (200, 4)])
@@ -172,9 +120,11 @@ def test_moves_the_bytes_that_it_says(
     """Each element of K and V once per head and query tile, partial sums once or not at all."""
     monkeypatch.setattr(kernel, "count_splits", lambda *_: num_splits)
     heads, kv_heads, window, D, E, N = 8, 2, 180, 256, 128, rows // 4
-    inputs = _inputs(B=2, N=N, H=heads, G=kv_heads, D=D, S=400, window=window, dtype=torch.bfloat16)
+    inputs = one_tree(
+        B=2, N=N, H=heads, G=kv_heads, D=D, S=400, window=window, dtype=torch.bfloat16
+    )
     inputs["v_cache"] = torch.randn((2, kv_heads, 400, E)).to(torch.bfloat16)
-    inputs["lengths"], inputs["num_nodes"] = _int32(30, 340), _int32(N, N)
+    inputs["lengths"], inputs["num_nodes"] = int32(30, 340), int32(N, N)
     with triton_checks.counted() as traffic:
         tree_attention(**inputs, backend="triton")
     keys = 30 + N + window - 1 + N
