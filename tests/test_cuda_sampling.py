@@ -15,10 +15,10 @@ from typing import Any
 import cuda_emulated
 import pytest
 import torch
+from laws import SMALL_LAWS, assert_law_is_exact
 from torch import Tensor
 
 from specdec_kernels.registry import OPS
-from specdec_kernels.testing import exact_law, random_speculation, target_law
 
 BACKEND = cuda_emulated.BACKEND
 PLANS = [(16, 2), (1, 1), (64, 8)]
@@ -52,24 +52,9 @@ def _assert_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-LAWS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
-    "walk": ("walk", (-1, 0, 0), (0, 0, 0), {}),
-    "token-mixed": ("token", (-1, 0, 0), (0, 1, 0), {}),
-    "token-filtered": ("token", (-1, 0, 0), (0, 2, 2), {"temperature": 1.5, "top_k": 2}),
-    "block": ("block", (-1, 0, 1), (0, 1, 1), {}),
-    "traversal-top-p": ("traversal", (-1, 0, 1), (0, 1, 1), {"top_p": 0.7}),
-    "gd_traversal": ("gd_traversal", (-1, 0, 0), (0, 2, 0), {"min_p": 0.1}),
-}
-
-
-@pytest.mark.parametrize(("rule", "parents", "kinds", "filters"), LAWS.values(), ids=LAWS)
-def test_the_law_of_what_a_rule_emits_is_the_target_s(
-    rule: str, parents: tuple[int, ...], kinds: tuple[int, ...], filters: dict[str, Any]
-) -> None:
-    case = random_speculation(parents, kinds, 3, 2, has_zeros=False, **filters)
-    got = exact_law(case, rule=rule, backend=BACKEND)
-    want = target_law(case, rule=rule, backend="reference")
-    assert float((got - want).abs().max()) < 1e-12
+@pytest.mark.parametrize("name", SMALL_LAWS)
+def test_the_law_of_what_a_rule_emits_is_the_target_s(name: str) -> None:
+    assert_law_is_exact(name, BACKEND)
 
 
 @pytest.mark.parametrize("rule", ["walk", *TESTING_RULES, "typical"])

@@ -4,6 +4,7 @@ ThreadSanitizer: clean; and kernels with a planted fault, each found by name.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -72,13 +73,20 @@ SOUND = {
 
 @pytest.fixture(scope="module")
 def programs() -> None:
-    """The kernels' C++ built with each tool; a second build is instant."""
+    """The kernels' C++ built with each tool; a second build is instant. One process builds at a
+    time, and once more from nothing if objects of an interrupted build are left.
+    """
     cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
     assert cmake is not None and (BUILD / "CMakeCache.txt").exists(), "run make setup"
     targets = [f"sanitized_{tool}" for tool in TOOLS]
-    built = subprocess.run(
-        [cmake, "--build", BUILD, "--target", *targets], capture_output=True, text=True, check=False
-    )
+    command = [cmake, "--build", BUILD, "--target", *targets]
+    with (BUILD / "sanitizers.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        if built.returncode != 0:
+            for target in targets:
+                shutil.rmtree(BUILD / "CMakeFiles" / f"{target}.dir", ignore_errors=True)
+            built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout[-4000:]
 
 

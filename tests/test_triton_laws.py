@@ -5,41 +5,24 @@ of their plans; and the constants that they share with Python.
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 import pytest
 import torch
+from laws import SMALL_LAWS, assert_law_is_exact
 
 pytest.importorskip("triton", reason="triton is not installed")
 from specdec_kernels.philox import Domain, uniforms
 from specdec_kernels.registry import INTERPRETS_TRITON, OPS
 from specdec_kernels.sampling import NO_FINITE_LOGIT, NO_SUCH_DRAW, OK
-from specdec_kernels.testing import exact_law, random_speculation, target_law
 from specdec_kernels.tree import DraftKind
 
 if not INTERPRETS_TRITON:
     pytest.skip("kernels run compiled here, not interpreted", allow_module_level=True)
 
-LAWS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
-    "walk": ("walk", (-1, 0, 0), (0, 0, 0), {}),
-    "token-mixed": ("token", (-1, 0, 0), (0, 1, 0), {}),
-    "token-without-replacement": ("token", (-1, 0, 0), (0, 2, 2), {}),
-    "token-filtered": ("token", (-1, 0, 0), (0, 1, 1), {"temperature": 1.5, "top_k": 2}),
-    "block": ("block", (-1, 0, 1), (0, 1, 1), {}),
-    "traversal": ("traversal", (-1, 0, 0), (0, 2, 2), {}),
-    "traversal-top-p": ("traversal", (-1, 0, 1), (0, 1, 1), {"top_p": 0.7}),
-    "gd_traversal": ("gd_traversal", (-1, 0, 0), (0, 2, 0), {"min_p": 0.1}),
-}
 
-
-@pytest.mark.parametrize(("rule", "parents", "kinds", "filters"), LAWS.values(), ids=LAWS)
-def test_the_law_of_what_a_rule_emits_is_the_target_s(
-    rule: str, parents: tuple[int, ...], kinds: tuple[int, ...], filters: dict[str, Any]
-) -> None:
-    case = random_speculation(parents, kinds, 3, 2, has_zeros=False, **filters)
-    got = exact_law(case, rule=rule, backend="triton")
-    want = target_law(case, rule=rule, backend="reference")
-    assert float((got - want).abs().max()) < 1e-12
+@pytest.mark.parametrize("name", SMALL_LAWS)
+def test_the_law_of_what_a_rule_emits_is_the_target_s(name: str) -> None:
+    assert_law_is_exact(name, "triton")
 
 
 @pytest.mark.parametrize("rows", [0, 10**9], ids=["lazily", "summarised"])
