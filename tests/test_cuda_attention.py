@@ -5,10 +5,7 @@ memory that must not be read, the bytes that it moves, and that its faults are f
 from __future__ import annotations
 
 import math
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from attention_checks import (
     one_tree,
     spread_out,
 )
-from test_sanitizers import BUILD, ROOT, programs
+from sanitized import build_mutant, programs, replace_once, run
 
 from specdec_kernels.ops import tree_attention
 
@@ -312,28 +309,14 @@ FAULTS = {
 )
 def test_a_fault_planted_in_the_kernel_is_found(fault: str, tmp_path: Path) -> None:
     source, before, after, tool, report = FAULTS[fault]
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    kernels = tmp_path / "csrc" / "cuda" / "tree_attention.cu"
-    few = re.sub(r".*dim <= (?:80|96|128)\).*\n", "", kernels.read_text("utf-8"))
-    kernels.write_text(few, "utf-8")  # of which wider heads take the widest: compiled sooner
-    mutated = tmp_path / "csrc" / "cuda" / source
-    text = mutated.read_text("utf-8")
-    assert text.count(before) == 1
-    mutated.write_text(text.replace(before, after), "utf-8")
-    objects = BUILD / "CMakeFiles" / f"sanitized_{tool}.dir"
-    others = [p for p in objects.rglob("*.o") if p.name != "tree_attention.cpp.o"]
-    assert len(others) == len(list(objects.rglob("*.o"))) - 1
-    flag = "-fsanitize=thread" if tool == "thread" else "-fsanitize=address,undefined"
-    program = tmp_path / "mutant"
-    subprocess.run(
-        ["c++", "-std=c++20", "-O1", "-g1", flag, "-Wno-unknown-pragmas", "-x", "c++",
-         kernels, "-x", "none", *others, "-o", program],
-        check=True,
-    )  # fmt: skip
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
-    result = subprocess.run(
-        [program, "tree_attention", "reverse"],
-        env={**os.environ, **options}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode != 0
-    assert re.search(report, result.stdout + result.stderr), result.stderr[:4000]
+
+    def edit(kernels: Path) -> None:
+        kernel = kernels / "tree_attention.cu"
+        few = re.sub(r".*dim <= (?:80|96|128)\).*\n", "", kernel.read_text("utf-8"))
+        kernel.write_text(few, "utf-8")  # of which wider heads take the widest: compiled sooner
+        replace_once(kernels / source, before, after)
+
+    program = build_mutant(tool, "tree_attention", edit, tmp_path)
+    status, output = run(program, "tree_attention", "reverse")
+    assert status != 0
+    assert re.search(report, output), output[:4000]

@@ -6,8 +6,6 @@ often logits are read, and mistakes planted in their sources.
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,14 @@ import cuda_emulated
 import pytest
 import torch
 from laws import SMALL_LAWS, assert_law_is_exact
+from sanitized import build_mutant, programs, replace_once, run
 from torch import Tensor
 
 from specdec_kernels.registry import OPS
 
 BACKEND = cuda_emulated.BACKEND
+
+__all__ = ["programs"]  # a fixture
 PLANS = [(16, 2), (1, 1), (64, 8)]
 """Processors of the GPU that is pretended and its largest cluster: rows are summarised ahead or as
 they are visited, and shared by 1 to 8 blocks.
@@ -241,9 +242,6 @@ def test_empty_calls_have_empty_answers() -> None:
     assert drawn[0].shape == (0, 1)
 
 
-ROOT = Path(__file__).resolve().parent.parent
-OBJECTS = ROOT / "build" / "cmake" / "CMakeFiles"
-
 MISTAKES = {
     # mistake: file, text, what stands there instead, tool, report
     "missing_barrier": (
@@ -274,30 +272,16 @@ MISTAKES = {
 
 
 @pytest.mark.xdist_group("sanitizers")
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize(
     ("file", "text", "replacement", "tool", "report"), MISTAKES.values(), ids=MISTAKES
 )
 def test_a_mistake_in_the_kernels_is_reported(
     file: str, text: str, replacement: str, tool: str, report: str, tmp_path: Path
 ) -> None:
-    program = ROOT / "build" / "cmake" / "tests" / f"sanitized_{tool}"
-    assert program.exists(), "run tests/test_sanitizers.py first"
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    mutated = tmp_path / "csrc" / "cuda" / file
-    source = mutated.read_text("utf-8")
-    assert source.count(text) == 1
-    mutated.write_text(source.replace(text, replacement), "utf-8")
-    objects = list((OBJECTS / f"sanitized_{tool}.dir").rglob("*.o"))
-    others = [path for path in objects if path.name != "sample.cpp.o"]
-    assert len(others) == len(objects) - 1
-    sanitizer = "thread" if tool == "thread" else "address,undefined"
-    subprocess.run(
-        ["c++", "-std=c++20", "-O1", "-g1", f"-fsanitize={sanitizer}", "-Wno-unknown-pragmas",
-         "-ffp-contract=off", "-x", "c++", tmp_path / "csrc" / "cuda" / "sample.cu", "-x", "none",
-         *others, "-o", tmp_path / "mutant"],
-        check=True,
-    )  # fmt: skip
-    command = [tmp_path / "mutant", "sample", "reverse"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert re.search(report, result.stdout + result.stderr), result.stderr[:4000]
+    def edit(kernels: Path) -> None:
+        replace_once(kernels / file, text, replacement)
+
+    status, output = run(build_mutant(tool, "sample", edit, tmp_path), "sample", "reverse")
+    assert status != 0
+    assert re.search(report, output), output[:4000]

@@ -6,19 +6,16 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cuda_emulated
 import pytest
+from sanitized import KERNELS, TOOLS, build_mutant, program_of, programs, run
 
 pytestmark = pytest.mark.xdist_group("sanitizers")  # one worker builds for all
 
-ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "cmake"
-TOOLS = ("address", "thread")
+__all__ = ["programs"]  # a fixture
+
 OPERATORS = (
     "tree_mask", "write_kv", "commit", "topk_logprobs", "build_tree", "tree_attention", "sample",
     "verify",
@@ -70,37 +67,10 @@ SOUND = {
 """Kernels without a fault -> the sum of what they compute."""
 
 
-@pytest.fixture(scope="module")
-def programs() -> None:
-    """The kernels' C++ built with each tool; a second build is instant."""
-    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
-    assert cmake is not None and (BUILD / "CMakeCache.txt").exists(), "run make setup"
-    targets = [f"sanitized_{tool}" for tool in TOOLS]
-    built = subprocess.run(
-        [cmake, "--build", BUILD, "--target", *targets], capture_output=True, text=True, check=False
-    )
-    assert built.returncode == 0, built.stdout[-4000:]
-
-
 def test_one_worker_has_all_tests_that_build(request: pytest.FixtureRequest) -> None:
     """Two workers would build at once, and one of them link what the other is writing."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         assert request.node.nodeid.endswith("@sanitizers")
-
-
-def _run(tool: str, name: str, order: str) -> tuple[int, str]:
-    program = [str(BUILD / "tests" / f"sanitized_{tool}"), name, order]
-    # Leaks are not looked for: fibers are never freed.
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=0"}
-    result = subprocess.run(
-        program, env={**os.environ, **options}, capture_output=True, text=True, check=False
-    )
-    if "unexpected memory mapping" in result.stderr:  # of address randomisation, with older tools
-        setarch = ["setarch", "-R", *program]
-        result = subprocess.run(
-            setarch, env={**os.environ, **options}, capture_output=True, text=True, check=False
-        )
-    return result.returncode, result.stdout + result.stderr
 
 
 @pytest.mark.usefixtures("programs")
@@ -116,14 +86,14 @@ def _run(tool: str, name: str, order: str) -> tuple[int, str]:
     ],
 )
 def test_kernels_are_clean(tool: str, operator: str, order: str) -> None:
-    status, output = _run(tool, operator, order)
+    status, output = run(program_of(tool), operator, order)
     assert (status, output) == (0, "done\n"), output[:4000]
 
 
 @pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize(("fault", "tool", "report"), FAULTS, ids=[f[0] for f in FAULTS])
 def test_a_planted_fault_is_found(fault: str, tool: str, report: str) -> None:
-    status, output = _run(tool, fault, "reverse")
+    status, output = run(program_of(tool), fault, "reverse")
     assert status != 0
     assert re.search(report, output), output[:4000]
 
@@ -133,14 +103,14 @@ def test_a_planted_fault_is_found(fault: str, tool: str, report: str) -> None:
 @pytest.mark.parametrize("name", SOUND)
 def test_nothing_is_reported_where_there_is_no_fault(name: str, tool: str) -> None:
     for order in cuda_emulated.ORDERS:
-        assert _run(tool, name, order) == (0, f"sum {SOUND[name]}\ndone\n")
+        assert run(program_of(tool), name, order) == (0, f"sum {SOUND[name]}\ndone\n")
 
 
 @pytest.mark.usefixtures("programs")
 def test_what_was_not_waited_for_or_written_is_poison() -> None:
     """Without a tool, a fault shows in the result: poison is -1 as an integer."""
     for name, result in (("missing_wait", -256), ("uninitialised_shared", 72)):
-        assert _run("address", name, "forward") == (0, f"sum {result}\ndone\n")
+        assert run(program_of("address"), name, "forward") == (0, f"sum {result}\ndone\n")
 
 
 BARRIERS = [
@@ -156,7 +126,7 @@ BARRIERS = [
         ("tree_attention", "attention_mma.cuh"),
         ("tree_attention", "attention_plain.cuh"),
     )
-    for number, line in enumerate((ROOT / "csrc" / "cuda" / source).read_text("utf-8").splitlines())
+    for number, line in enumerate((KERNELS / source).read_text("utf-8").splitlines())
     if line.strip().startswith(("__syncthreads();", "__syncwarp();"))
 ]
 
@@ -168,21 +138,11 @@ def test_a_kernel_without_one_of_its_barriers_is_reported(
     operator: str, source: str, number: int, tmp_path: Path
 ) -> None:
     """Also that the shapes above need every barrier."""
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    mutated = tmp_path / "csrc" / "cuda" / source
-    lines = mutated.read_text("utf-8").splitlines()
-    lines[number] = ""
-    mutated.write_text("\n".join(lines), "utf-8")
-    objects = BUILD / "CMakeFiles" / "sanitized_thread.dir"
-    others = [p for p in objects.rglob("*.o") if p.name != f"{operator}.cpp.o"]
-    assert len(others) == len(list(objects.rglob("*.o"))) - 1
-    program = tmp_path / "mutant"
-    subprocess.run(
-        ["c++", "-std=c++20", "-O1", "-fsanitize=thread", "-Wno-unknown-pragmas", "-x", "c++",
-         tmp_path / "csrc" / "cuda" / f"{operator}.cu", "-x", "none", *others, "-o", program],
-        check=True,
-    )  # fmt: skip
-    result = subprocess.run(
-        [program, operator, "random:1"], capture_output=True, text=True, check=False
-    )
-    assert "ThreadSanitizer: data race" in result.stderr
+
+    def remove(kernels: Path) -> None:
+        lines = (kernels / source).read_text("utf-8").splitlines()
+        lines[number] = ""
+        (kernels / source).write_text("\n".join(lines), "utf-8")
+
+    _, output = run(build_mutant("thread", operator, remove, tmp_path), operator, "random:1")
+    assert "ThreadSanitizer: data race" in output
