@@ -17,7 +17,14 @@ if not torch.cuda.is_available():  # read when triton and specdec_kernels are im
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import cuda_emulated
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from byte_model import save_byte_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from specdec_kernels.registry import INTERPRETS_TRITON
 
@@ -56,6 +63,14 @@ def make_tiny_model(num_layers: int = 3, **options: object) -> PreTrainedModel:
 def tiny_model() -> PreTrainedModel:
     """The random Llama, in float32."""
     return make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def bytes_model(tmp_path_factory: pytest.TempPathFactory):
+    """A small model that repeats itself, and its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    save_byte_model(path)
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
 
 @pytest.fixture(scope="session")

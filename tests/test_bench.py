@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from specdec_kernels.bench import ops
 from specdec_kernels.bench.cases import CASES, BenchCase
 from specdec_kernels.bench.e2e import read_prompts
 from specdec_kernels.bench.ops import check_case, run_ops
+from specdec_kernels.bench.roofline import Work
 from specdec_kernels.bench.rules import DISTINCT, RULES, Settings, _mean, run_rules
 from specdec_kernels.hf.text import TextModel
 from specdec_kernels.registry import INTERPRETS_TRITON, OPS
@@ -53,6 +55,26 @@ def test_rows_hold_the_times_and_the_machine() -> None:
     machine = result["machine"]
     assert machine["versions"]["torch"] == torch.__version__
     assert machine["bandwidth_gbs"] > 0 and machine["bf16_gflops"] > 0
+
+
+def test_copies_are_as_many_as_what_a_call_touches_needs() -> None:
+    """Of a tree's logits that are the rows on the path, not all."""
+    inputs = {"logits": torch.zeros(2**20)}
+    for touched, copies in ((2**22, 34), (2**20, 130), (2**17, 258), (2**30, 2)):
+        assert len(ops.cold_copies(inputs, Work(touched))) == copies
+    assert len(ops.cold_copies({"logits": torch.zeros(8)}, Work(32))) == 2048
+
+
+def test_contenders_take_turns_in_bursts_and_every_call_has_the_next_copy() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def contender(name: str) -> Callable[[Any], Callable[[], None]]:
+        return lambda inputs: lambda: calls.append((name, int(inputs["x"])))
+
+    copies = [{"x": torch.tensor(i)} for i in range(5)]
+    own, other = ops._time_in_turn([contender("a"), contender("b")], copies, "cpu", 0.0)
+    assert len(own) == len(other) == 8
+    assert calls == [("a" if i < 8 else "b", i % 5) for i in range(16)]
 
 
 def _wrong_mask(**inputs: Any) -> Any:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from byte_model import save_byte_model
 from conftest import make_tiny_model
 from prompts import greedy, left_pad, random_prompts
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     CompileConfig,
     GenerationConfig,
     StoppingCriteria,
@@ -38,13 +34,6 @@ def rows() -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def truth(tiny_model, rows) -> list[list[int]]:
     return [greedy(tiny_model, row, NEW + 8) for row in rows]
-
-
-@pytest.fixture(scope="module")
-def bytes_model(tmp_path_factory: pytest.TempPathFactory):
-    path: Path = tmp_path_factory.mktemp("model")
-    save_byte_model(path)
-    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
 
 def _stop_string(model, tokenizer, inputs) -> str:

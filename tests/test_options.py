@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from byte_model import save_byte_model
 from prompts import greedy, left_pad, random_prompts
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     TextIteratorStreamer,
     pipeline,
@@ -32,14 +28,6 @@ def rows() -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def truth(tiny_model, rows) -> list[list[int]]:
     return [greedy(tiny_model, row, NEW + 8) for row in rows]
-
-
-@pytest.fixture(scope="module")
-def bytes_model(tmp_path_factory: pytest.TempPathFactory):
-    """A small model that repeats itself, and its tokenizer."""
-    path: Path = tmp_path_factory.mktemp("model")
-    save_byte_model(path)
-    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
 
 def _oracle(truth: list[list[int]]) -> OracleDrafter:

@@ -116,7 +116,8 @@ def prepare_op(operator: Op[Any, Any], backend: str | None, inputs: Inputs) -> C
 
 
 def cold_copies(inputs: Inputs, work: Work, device: str = "cpu") -> list[Inputs]:
-    """Enough copies of one call's inputs that using them in turn finds none of them in a cache.
+    """Enough copies of one call's inputs that using them in turn finds none of them in a cache, as
+    far as `_MOST_BYTES` and `_MAX_COPIES` allow: calls that touch little of their inputs get less.
 
     What counts is what a call reads and writes: of a tree's logits, only the rows on the path.
     """
