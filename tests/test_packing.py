@@ -145,8 +145,12 @@ def test_the_decoder_packs_and_unpacks(monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(packing, "_forward", lambda linear: seen.append(linear) or linear.forward)
     ids = torch.tensor([[5, 6, 7]])
-    for pack, packs in ((False, False), (True, True)):
-        decoder = SpeculativeDecoder("suffix", pack=pack)
+    for pack, compile, packs in (
+        (False, False, False),
+        (True, "eager", False),
+        (True, False, True),
+    ):
+        decoder = SpeculativeDecoder("suffix", pack=pack, compile=compile)
         model.generate(ids, max_new_tokens=4, do_sample=False, custom_generate=decoder)
         assert bool(seen) == packs
     assert not any("forward" in module.__dict__ for module in model.modules())

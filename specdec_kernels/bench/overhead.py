@@ -30,8 +30,9 @@ def run_overhead(
 ) -> dict[str, Any]:
     """Generate random texts by `generate`, by this package without a drafter, and with one.
 
-    The three take turns at every prompt, another one first each time, after a warm-up. Each text
-    has a seed of its own: the same noise again would be the same text, and be predicted.
+    The three take turns at every prompt, another one first each time, after a warm-up. Decoders
+    without a seed draw a new one each time: the same noise again would be the same text, and be
+    predicted.
 
     Args:
         num_texts: prompts, two at least.
@@ -58,7 +59,6 @@ def run_overhead(
         for mode in (*modes[first:], *modes[:first]):
             options: dict[str, Any] = {}
             if mode in decoders:
-                decoders[mode].seed = turn
                 options["custom_generate"] = decoders[mode]
             run = _generate(subject, prompt.to(subject.model.device), max_new_tokens, options)
             if turn > 0:
