@@ -208,6 +208,14 @@ BuildTreeParams build_tree_params(const TensorView& roots, const TensorView& can
   };
 }
 
+PackedLinearParams packed_linear_params(const TensorView& x, const TensorView& panels,
+                                        int64_t num_outputs, const OptionalView& bias,
+                                        const TensorView& out) {
+  return {x.as<Bfloat16>(),   panels.as<Bfloat16>(), bias ? bias->as<Bfloat16>() : nullptr,
+          out.as<Bfloat16>(), x.stride(0),           int32(x.size(0)),
+          int32(x.size(1)),   int32(num_outputs)};
+}
+
 void check_topk(int64_t vocab, int64_t k) {
   if (k < 1 || k > vocab) {
     fail("topk_logprobs: k must be in [1, V] = [1, %ld], got %ld", vocab, k);

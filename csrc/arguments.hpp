@@ -9,6 +9,7 @@
 #include "core/build_tree.hpp"
 #include "core/cache.hpp"
 #include "core/commit.hpp"
+#include "core/packed_linear.hpp"
 #include "core/topk_logprobs.hpp"
 #include "core/tree_attention.hpp"
 #include "core/tree_mask.hpp"
@@ -82,6 +83,10 @@ BuildTreeParams build_tree_params(const TensorView& roots, const TensorView& can
                                   const TensorView& logprobs, const TensorView& budgets,
                                   const OptionalView& candidate_parents, int64_t max_nodes,
                                   const BuiltTree& built);
+
+PackedLinearParams packed_linear_params(const TensorView& x, const TensorView& panels,
+                                        int64_t num_outputs, const OptionalView& bias,
+                                        const TensorView& out);
 
 void check_topk(int64_t vocab, int64_t k);
 TopkLogprobsParams topk_logprobs_params(const TensorView& logits, int64_t k,

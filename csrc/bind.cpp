@@ -56,6 +56,38 @@ auto build_tree_cpu(const Tensor& roots, const Tensor& candidates, const Tensor&
   return released(tokens, parents, num_nodes, scores);
 }
 
+void check_panels(const Tensor& x, const Tensor& panels, int64_t num_outputs,
+                  const OptionalTensor& bias) {
+  const int64_t outputs = num_outputs > 0 ? (num_outputs + kPanelOutputs - 1) / kPanelOutputs : 0;
+  const int64_t pairs = (x.size(1) + 1) / 2;
+  if (panels.size(0) != outputs || panels.size(1) != pairs || panels.size(2) != kPanelOutputs ||
+      panels.size(3) != 2) {
+    fail(
+        "packed_linear: panels must be [ceil(num_outputs / 16), ceil(F / 2), 16, 2] = [%ld, %ld, "
+        "16, 2], got [%ld, %ld, %ld, %ld]",
+        outputs, pairs, panels.size(0), panels.size(1), panels.size(2), panels.size(3));
+  }
+  if (bias && bias->size(0) != num_outputs) {
+    fail("packed_linear: bias must be [num_outputs] = [%ld], got [%ld]", num_outputs,
+         bias->size(0));
+  }
+}
+
+auto packed_linear_cpu(const Tensor& x, const Tensor& panels, int64_t num_outputs,
+                       OptionalTensor bias) {
+  check_shapes("packed_linear", {x, panels, bias});
+  check_panels(x, panels, num_outputs, bias);
+  const Tensor rows = x.size(1) > 1 && x.stride(1) != 1 ? torch::stable::contiguous(x) : x;
+  const Tensor packed_panels = packed(panels);
+  const OptionalTensor packed_bias = packed(bias);
+  Output out({x.size(0), num_outputs}, ScalarType::BFloat16);
+  const TensorView out_view{
+      out.data<Bfloat16>(), DType::kBfloat16, {x.size(0), num_outputs}, {num_outputs, 1}};
+  cpu_kernels().packed_linear(packed_linear_params(view(rows), view(packed_panels), num_outputs,
+                                                   view(packed_bias), out_view));
+  return released(out);
+}
+
 // What the reference rejects in tensor contents.
 void check_lengths(const TreeAttentionParams& params) {
   int64_t last = INT32_MIN;
@@ -115,6 +147,7 @@ STABLE_TORCH_LIBRARY_IMPL(specdec_kernels, CPU, library) {
   library.impl("write_kv", TORCH_BOX(&specdec::write_kv_cpu));
   library.impl("commit", TORCH_BOX(&specdec::commit_cpu));
   library.impl("build_tree", TORCH_BOX(&specdec::build_tree_cpu));
+  library.impl("packed_linear", TORCH_BOX(&specdec::packed_linear_cpu));
   library.impl("topk_logprobs", TORCH_BOX(&specdec::topk_logprobs_cpu));
   library.impl("tree_attention", TORCH_BOX(&specdec::tree_attention_cpu));
 }

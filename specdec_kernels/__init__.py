@@ -28,6 +28,8 @@ from .forest import DraftNode
 from .ops import (
     build_tree,
     commit,
+    packed_linear,
+    panels_of,
     sample,
     topk_logprobs,
     tree_attention,
@@ -76,6 +78,8 @@ __all__ = [
     "commit",
     "generate",
     "load_heads",
+    "packed_linear",
+    "panels_of",
     "sample",
     "topk_logprobs",
     "tree_attention",

@@ -27,6 +27,7 @@ PAD = -1
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {
     "float": FLOATS,
+    "bfloat16": (torch.bfloat16,),
     "float32": (torch.float32,),
     "float64": (torch.float64,),
     "int32": (torch.int32,),

@@ -27,8 +27,11 @@ def _fresh_memory_is_poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def _has_float_inputs(operator: Op) -> bool:
-    return any(spec.dtype == "float" for spec in operator.shapes)
+def _dtypes(operator: Op) -> tuple[torch.dtype, ...]:
+    if any(spec.dtype == "bfloat16" for spec in operator.shapes):
+        return (torch.bfloat16,)
+    is_any = any(spec.dtype == "float" for spec in operator.shapes)
+    return DTYPES if is_any else DTYPES[:1]
 
 
 def _cases() -> list[Any]:
@@ -38,7 +41,7 @@ def _cases() -> list[Any]:
             if backend == "reference" or operator.why_absent(backend) is not None:
                 continue
             for case in operator.cases:
-                for dtype in DTYPES if _has_float_inputs(operator) else DTYPES[:1]:
+                for dtype in _dtypes(operator):
                     sizes = "_".join(f"{k}{v}" for k, v in case.items())
                     name = f"{operator.name}-{backend}-{sizes}-{str(dtype)[6:]}"
                     marks = [pytest.mark.gpu] if BACKENDS[backend] == "cuda" else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -14,8 +15,18 @@ from specdec_kernels import SpeculativeDecoder
 from specdec_kernels.hf import packing
 from specdec_kernels.hf.packing import packed_linears
 
-if torch.bfloat16 not in packing._packable_dtypes():
-    pytest.skip("oneDNN multiplies no bfloat16 on this CPU", allow_module_level=True)
+LAYOUTS = [packing._Panels, packing._OneDnn]
+
+
+@pytest.fixture(autouse=True, params=LAYOUTS, ids=["panels", "onednn"])
+def _layout(request, monkeypatch) -> None:
+    """Both layouts, whichever this CPU would choose."""
+    if request.param is packing._OneDnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN multiplies no bfloat16 on this CPU")
+    monkeypatch.setattr(
+        packing, "_layout_for", lambda dtype: request.param if dtype == torch.bfloat16 else None
+    )
+    monkeypatch.setattr(packing, "_packed", weakref.WeakKeyDictionary())
 
 
 class Doubled(nn.Linear):

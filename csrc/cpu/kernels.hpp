@@ -5,6 +5,7 @@ namespace specdec {
 
 struct BuildTreeParams;
 struct CommitParams;
+struct PackedLinearParams;
 struct SampleParams;
 struct TopkLogprobsParams;
 struct TreeAttentionParams;
@@ -16,6 +17,7 @@ struct CpuKernels {
   const char* name;
   void (*build_tree)(const BuildTreeParams&);
   void (*commit)(const CommitParams&);
+  void (*packed_linear)(const PackedLinearParams&);
   void (*sample)(const SampleParams&);
   void (*topk_logprobs)(const TopkLogprobsParams&);
   void (*tree_attention)(const TreeAttentionParams&);

@@ -30,6 +30,8 @@ inline constexpr int kLanes = 8;
 inline constexpr int kLanes = 4;
 #endif
 
+constexpr int32_t round_up(int32_t value, int32_t unit) { return (value + unit - 1) / unit * unit; }
+
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 typedef float Float __attribute__((vector_size(kLanes * 4)));
@@ -240,6 +242,27 @@ inline Float lanes_of(const T* values, int32_t num) {
 template <class T>
 inline float largest_of(const T* values, int32_t num) {
   return largest(lanes_of(values, num));
+}
+
+// One step of a transposition: swaps the off-diagonal blocks of size kStep of two rows.
+template <int kStep, int... kLane>
+[[gnu::always_inline]] inline void swap_blocks(Float& a, Float& b,
+                                               std::integer_sequence<int, kLane...>) {
+  const Float first =
+      __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+  a = first;
+}
+
+template <int kStep = kLanes / 2>
+[[gnu::always_inline]] inline void transpose(Float (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(i & kStep)) {
+      swap_blocks<kStep>(rows[i], rows[i | kStep], std::make_integer_sequence<int, kLanes>());
+    }
+  }
+  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
 }
 
 // Lane sets for the rules of core/philox.hpp.

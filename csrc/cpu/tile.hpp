@@ -21,8 +21,6 @@ inline constexpr int32_t kMaxVectors = 2;
 inline constexpr int32_t kMaxRows = 6;
 inline constexpr int32_t kMaxDepth = 64;  // products summed before they join a total
 
-constexpr int32_t round_up(int32_t value, int32_t unit) { return (value + unit - 1) / unit * unit; }
-
 // Quanta of one float each; elements of any type are widened.
 template <class Element>
 struct FloatQuanta {
@@ -129,27 +127,6 @@ void multiply(const float* a, int64_t stride_a, const float* b, int32_t depth, c
             total + c, columns);
     }
   }
-}
-
-// One step of a transposition: swaps the off-diagonal blocks of size kStep of two rows.
-template <int kStep, int... kLane>
-[[gnu::always_inline]] inline void swap_blocks(Float& a, Float& b,
-                                               std::integer_sequence<int, kLane...>) {
-  const Float first =
-      __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
-  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
-  a = first;
-}
-
-template <int kStep = kLanes / 2>
-[[gnu::always_inline]] inline void transpose(Float (&rows)[kLanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (!(i & kStep)) {
-      swap_blocks<kStep>(rows[i], rows[i | kStep], std::make_integer_sequence<int, kLanes>());
-    }
-  }
-  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
 }
 
 // The rows of a tile, each contiguous.

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ..hf.baseline import growing_layer, sdpa_attention, speculative_sampling, warpers
+from ..ops.packed_linear import weight_of
 from ..registry import OPS
 
 Inputs = dict[str, Any]
@@ -207,6 +208,17 @@ def _same_tree(own: Run, reference: Run) -> bool:
     return all(map(torch.equal, own.outputs, reference.outputs))
 
 
+def _linear(inputs: Inputs) -> Callable[[], Tensor]:
+    x, bias = inputs["x"], inputs["bias"]
+    weight = weight_of(inputs["panels"], inputs["num_outputs"], x.shape[1])
+    return lambda: linear(x, weight, bias)
+
+
+def _same_product(own: Run, reference: Run) -> bool:
+    largest = reference.outputs.abs().max()
+    return bool((own.outputs - reference.outputs).abs().max() <= largest * 2**-7)
+
+
 HF_SDPA = Baseline("hf sdpa", _hf_sdpa, same_attention)
 GQA_SDPA = Baseline("sdpa enable_gqa", _gqa_sdpa, same_attention)
 ARGMAX_WALK = Baseline("argmax + walk", _argmax_walk, _same_path)
@@ -218,3 +230,4 @@ INDEX_AND_COPY = Baseline("index_select + copy", _index_and_copy, _same_caches)
 DYNAMIC_LAYER = Baseline("hf DynamicCache", _dynamic_layer, _same_prefix)
 ROW_BY_ROW = Baseline("mask row by row", _row_by_row, _same_mask)
 PYTHON_HEAP = Baseline("python heap", _python_heap, _same_tree)
+LINEAR = Baseline("torch linear", _linear, _same_product)

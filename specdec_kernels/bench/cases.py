@@ -34,7 +34,7 @@ class BenchCase:
     @property
     def is_quick(self) -> bool:
         """Small enough for a first look."""
-        largest = {"S": 1024, "V": 49152, "D": 64}
+        largest = {"S": 1024, "V": 49152, "D": 64, "F": 576}
         return all(self.sizes.get(key, 0) <= value for key, value in largest.items())
 
     def work(self, inputs: Inputs, outputs: Any) -> Work:
@@ -153,6 +153,11 @@ CASES: tuple[BenchCase, ...] = (
     *(
         BenchCase("topk_logprobs", {**rows, "k": 8}, (base.LOG_SOFTMAX_TOPK,), _model_rows)
         for rows in _DRAWN_ROWS
+    ),
+    *(
+        BenchCase("packed_linear", {"R": rows, **layer}, (base.LINEAR,), _unchanged)
+        for layer in ({"U": 49152, "F": 576}, {"U": 4096, "F": 14336})
+        for rows in (1, 8, 16, 64)
     ),
     *(
         BenchCase("tree_mask", {"B": 1, "N": nodes}, (base.ROW_BY_ROW,), _unchanged)

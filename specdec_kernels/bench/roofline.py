@@ -167,12 +167,20 @@ def _build_tree(inputs: Inputs, outputs: Any) -> Work:
     return Work(num_bytes(*read, *outputs))
 
 
+def _packed_linear(inputs: Inputs, outputs: Any) -> Work:
+    """Every weight once, the rows, the result; two operations for each weight and row."""
+    x, panels = inputs["x"], inputs["panels"]
+    traffic = num_bytes(x, panels, inputs["bias"], outputs)
+    return Work(traffic, 2 * x.shape[0] * x.shape[1] * inputs["num_outputs"])
+
+
 _LEAST: dict[str, Callable[[Inputs, Any], Work]] = {
     "tree_attention": _attention,
     "write_kv": _write,
     "verify": _verify,
     "sample": _rows,
     "topk_logprobs": _rows,
+    "packed_linear": _packed_linear,
     "commit": _commit,
     "tree_mask": _tree_mask,
     "build_tree": _build_tree,

@@ -1,8 +1,9 @@
-"""Linear layers with their weights in oneDNN's blocked layout, while this package runs the model.
+"""Linear layers with packed copies of their weights, while this package runs the model.
 
 A step multiplies a few rows by every weight of the model. PyTorch's own product of so few bfloat16
-rows reads the weights as they lie, which on the CPU takes up to twice as long as from a packed
-copy: the layout that `torch.compile` packs its constants into, by the operators that it uses.
+rows is far from the speed of the memory. Where the CPU multiplies bfloat16, oneDNN's blocked layout
+halves its time: the layout that `torch.compile` packs its constants into, by the operators that it
+uses. Where it does not, oneDNN emulates, and `ops.packed_linear` takes its place.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import packed_linear, panels_of
+from ..registry import cpu_capability
+
 _MOST_OF_FREE = 0.5
 """Unasked, packed copies take at most this share of the free memory."""
-_ROWS = 16
-"""What oneDNN lays the weights out for; the layout serves any number as well."""
 _CGROUP = Path("/sys/fs/cgroup")
 _packed: weakref.WeakKeyDictionary[nn.Linear, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
 
@@ -54,42 +56,82 @@ def _packable_in(model: nn.Module) -> Iterator[nn.Linear]:
             continue
         weight = module.weight
         is_plain = type(weight.data) is Tensor and weight.device.type == "cpu"
-        if is_plain and weight.numel() > 0 and weight.dtype in _packable_dtypes():
+        if is_plain and weight.numel() > 0 and _layout_for(weight.dtype) is not None:
             yield module
 
 
+class _Panels:
+    """`ops.packed_linear`."""
+
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        return panels_of(weight)
+
+    @staticmethod
+    def multiply(input: Tensor, panels: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+        out: Tensor = packed_linear(input.flatten(0, -2), panels, num_outputs, bias)
+        return out.view(*input.shape[:-1], num_outputs)
+
+
+class _OneDnn:
+    """oneDNN's own layout and product."""
+
+    rows = 16
+    """What it lays the weights out for; the layout serves any number as well."""
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> Tensor:
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, cls.rows)
+        return packed
+
+    @staticmethod
+    def multiply(input: Tensor, weight: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        product: Tensor = multiply(input, weight, bias, "none", [], "")
+        return product
+
+
+_Layout = type[_Panels] | type[_OneDnn]
+
+
 @functools.cache
-def _packable_dtypes() -> tuple[torch.dtype, ...]:
+def _layout_for(dtype: torch.dtype) -> _Layout | None:
+    """The faster layout on this CPU; None for a dtype that is left alone."""
+    if dtype == torch.bfloat16 and cpu_capability() in ("avx2", "avx512"):
+        return _Panels
     operators = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
-        return ()
+        return None
     supported = {
         torch.bfloat16: operators._is_mkldnn_bf16_supported,
         torch.float16: operators._is_mkldnn_fp16_supported,
     }
-    return tuple(dtype for dtype, is_supported in supported.items() if is_supported())
+    return _OneDnn if dtype in supported and supported[dtype]() else None
 
 
 def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The layer's product, from the packed copy."""
     weight = _copy_of(linear)
     dtype, width, bias = linear.weight.dtype, linear.in_features, linear.bias
-    multiply = torch.ops.mkldnn._linear_pointwise.default
+    num_outputs = linear.out_features
+    layout = _layout_for(dtype)
+    assert layout is not None
+    multiply = layout.multiply
 
     def forward(input: Tensor) -> Tensor:
         fits = input.dtype == dtype and input.shape[-1] == width and input.numel() > 0
         if not fits or torch.is_grad_enabled():  # the product itself checks nothing
             return nn.functional.linear(input, linear.weight, bias)
-        product: Tensor = multiply(input, weight, bias, "none", [], "")
-        return product
+        return multiply(input, weight, bias, num_outputs)
 
     return forward
 
 
 def _copy_of(linear: nn.Linear) -> Tensor:
     if not _is_packed(linear):
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
-        _packed[linear] = (_state(linear.weight), packed)
+        layout = _layout_for(linear.weight.dtype)
+        assert layout is not None
+        _packed[linear] = (_state(linear.weight), layout.pack(linear.weight.detach()))
     return _packed[linear][1]
 
 

@@ -2,6 +2,7 @@
 
 from .build_tree import build_tree
 from .commit import commit
+from .packed_linear import packed_linear, panels_of
 from .sample import sample
 from .topk_logprobs import topk_logprobs
 from .tree_attention import tree_attention
@@ -12,6 +13,8 @@ from .write_kv import write_kv
 __all__ = [
     "build_tree",
     "commit",
+    "packed_linear",
+    "panels_of",
     "sample",
     "topk_logprobs",
     "tree_attention",

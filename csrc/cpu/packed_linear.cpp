@@ -1,0 +1,187 @@
+// A few rows times bfloat16 weights that lie in panels of 16 outputs, two features side by side:
+// one 32-bit lane is a pair of weights of one output, widened by a shift and a mask.
+//
+// A task owns some register columns (kLanes outputs each) and all rows, so that every weight comes
+// from memory once. Products accumulate in float over all features in order: a row's result does
+// not depend on the other rows, nor on the number of threads. Bytes moved: the panels.
+#include "../core/packed_linear.hpp"
+
+#include "parallel.hpp"
+#include "scratch.hpp"
+#include "simd.hpp"
+
+namespace specdec::SPECDEC_ISA {
+namespace {
+
+constexpr int32_t kColumnsPerPanel = kPanelOutputs / kLanes;
+constexpr int64_t kMinBytes = 32768;  // of weights that are worth a thread
+#if defined(__AVX512F__)
+constexpr int kAccumulators = 24, kMaxColumns = 8;  // of 32 registers
+#elif defined(__AVX2__)
+constexpr int kAccumulators = 12, kMaxColumns = 4;  // of 16
+#else
+constexpr int kAccumulators = 8, kMaxColumns = 2;
+#endif
+constexpr int kBlockRows = 12 < kAccumulators ? 12 : kAccumulators;
+constexpr int32_t kPrefetchedPairs = 16;  // 1 KiB ahead
+
+constexpr int columns_for(int rows) {
+  const int columns = kAccumulators / rows;
+  return columns > kMaxColumns ? kMaxColumns : columns;
+}
+
+// The weights of one register column.
+struct Column {
+  const float* pairs;  // the first; one pair of features is kPanelOutputs floats further
+  int32_t first;       // output in lane 0
+};
+
+// from_float of kLanes values.
+inline void store_rounded(Bfloat16* target, Float lanes) {
+  const Uint bits = reinterpret_cast<Uint>(lanes);
+  const Uint rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const Short kept = __builtin_convertvector(lanes == lanes ? rounded : 0x7FC0u - Uint{}, Short);
+  std::memcpy(target, &kept, sizeof kept);
+}
+
+// out[r, column] for kRows rows of x [features, kRows] and kColumns columns.
+template <int kRows, int kColumns>
+void multiply_columns(const PackedLinearParams& params, const float* x, int32_t first_row,
+                      const Column* columns) {
+  Float sums[kRows][kColumns];  // in registers: every loop over it is unrolled
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) sums[r][c] = Float{};
+  }
+  const float* pairs[kColumns];
+  for (int c = 0; c < kColumns; ++c) pairs[c] = columns[c].pairs;
+  const int32_t num_pairs = (params.features + 1) / 2;
+  for (int32_t k = 0; k < num_pairs; ++k, x += 2 * kRows) {
+    Float even[kColumns], odd[kColumns];
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) {
+      __builtin_prefetch(pairs[c] + int64_t{k + kPrefetchedPairs} * kPanelOutputs);
+      const Uint raw = reinterpret_cast<Uint>(load(pairs[c] + int64_t{k} * kPanelOutputs));
+      even[c] = reinterpret_cast<Float>(raw << 16);
+      odd[c] = reinterpret_cast<Float>(raw & 0xFFFF0000u);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const Float first = splat(x[r]), second = splat(x[kRows + r]);
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) {
+        sums[r][c] = multiply_add(first, even[c], sums[r][c]);
+        sums[r][c] = multiply_add(second, odd[c], sums[r][c]);
+      }
+    }
+  }
+  for (int c = 0; c < kColumns; ++c) {
+    const int32_t first = columns[c].first;
+    const int32_t left = params.outputs - first;
+    for (int r = 0; r < kRows; ++r) {
+      Bfloat16* target = params.out + int64_t{first_row + r} * params.outputs + first;
+      if (left >= kLanes) {
+        store_rounded(target,
+                      params.bias == nullptr ? sums[r][c] : sums[r][c] + load(params.bias + first));
+        continue;
+      }
+      Bfloat16 bias[kLanes], lanes[kLanes];
+      std::memset(bias, 0, sizeof bias);
+      if (params.bias != nullptr)
+        std::memcpy(bias, params.bias + first, static_cast<size_t>(left) * sizeof *bias);
+      store_rounded(lanes, sums[r][c] + load(bias));
+      std::memcpy(target, lanes, static_cast<size_t>(left) * sizeof *lanes);
+    }
+  }
+}
+
+using MultiplyColumns = void (*)(const PackedLinearParams&, const float*, int32_t, const Column*);
+
+template <int kRows, int... kColumns>
+MultiplyColumns choose_columns(int columns, std::integer_sequence<int, kColumns...>) {
+  static constexpr MultiplyColumns kKernels[] = {multiply_columns<kRows, kColumns + 1>...};
+  return kKernels[columns - 1];
+}
+
+template <int... kRows>
+MultiplyColumns choose(int rows, int columns, std::integer_sequence<int, kRows...>) {
+  using Choose = MultiplyColumns (*)(int);
+  static constexpr Choose kByRows[] = {[](int c) {
+    return choose_columns<kRows + 1>(c, std::make_integer_sequence<int, columns_for(kRows + 1)>());
+  }...};
+  return kByRows[rows - 1](columns);
+}
+
+// Rows [first, first + rows) as floats, [features rounded up to pairs, rows]; up to kLanes floats
+// behind them may change, too.
+void widen(const PackedLinearParams& params, int32_t first, int32_t rows, float* x) {
+  const Bfloat16* source = params.x + first * params.stride_row;
+  const int32_t whole = params.features / kLanes * kLanes;
+  for (int32_t top = 0; top < rows; top += kLanes) {
+    const int32_t count = rows - top < kLanes ? rows - top : kLanes;
+    for (int32_t f = 0; f < whole; f += kLanes) {
+      Float lanes[kLanes];
+      for (int32_t r = 0; r < kLanes; ++r) {
+        lanes[r] = r < count ? load(source + (top + r) * params.stride_row + f) : Float{};
+      }
+      transpose(lanes);
+      for (int32_t i = 0; i < kLanes; ++i) {
+        float* target = x + int64_t{f + i} * rows + top;
+        if (count == kLanes || rows == count) {  // what is behind the last row comes later
+          store(target, lanes[i]);
+        } else {
+          std::memcpy(target, &lanes[i], static_cast<size_t>(count) * sizeof *target);
+        }
+      }
+    }
+  }
+  for (int32_t f = whole; f < round_up(params.features, 2); ++f) {
+    for (int32_t r = 0; r < rows; ++r) {
+      const bool is_there = f < params.features;
+      x[int64_t{f} * rows + r] = is_there ? to_float(source[r * params.stride_row + f]) : 0.0f;
+    }
+  }
+}
+
+}  // namespace
+
+void packed_linear(const PackedLinearParams& params) {
+  if (params.rows == 0 || params.outputs == 0) return;
+  thread_local Scratch<float> scratch;
+  const int64_t padded = (int64_t{params.features} + 1) / 2 * 2;
+  float* x = scratch.reserve(padded * params.rows + kLanes);
+  // Blocks of about equal size: 17 rows are 9 and 8.
+  const int32_t num_blocks = (params.rows + kBlockRows - 1) / kBlockRows;
+  const auto block_begin = [&](int32_t block) {
+    return static_cast<int32_t>(int64_t{params.rows} * block / num_blocks);
+  };
+  for (int32_t block = 0; block < num_blocks; ++block) {
+    const int32_t begin = block_begin(block), end = block_begin(block + 1);
+    widen(params, begin, end - begin, x + padded * begin);
+  }
+  const int64_t column_bytes = padded * kLanes * 2;
+  const int64_t num_columns = (int64_t{params.outputs} + kLanes - 1) / kLanes;
+  const int32_t most_rows = (params.rows + num_blocks - 1) / num_blocks;
+  const int32_t step = columns_for(most_rows);
+  parallel_for(num_columns, 1 + kMinBytes / (column_bytes + 1), [&](int64_t begin, int64_t end) {
+    Column columns[kMaxColumns];
+    for (int64_t at = begin; at < end; at += step) {
+      const int32_t count = static_cast<int32_t>(end - at < step ? end - at : step);
+      for (int32_t c = 0; c < count; ++c) {
+        const int64_t column = at + c, panel = column / kColumnsPerPanel;
+        const int64_t lane = column % kColumnsPerPanel * kLanes;
+        columns[c] = {reinterpret_cast<const float*>(params.panels) +
+                          panel * (padded / 2) * kPanelOutputs + lane,
+                      static_cast<int32_t>(column * kLanes)};
+      }
+      for (int32_t block = 0; block < num_blocks; ++block) {
+        const int32_t first = block_begin(block), rows = block_begin(block + 1) - first;
+        choose(rows, count, std::make_integer_sequence<int, kBlockRows>())(
+            params, x + padded * first, first, columns);
+      }
+    }
+  });
+}
+
+}  // namespace specdec::SPECDEC_ISA
