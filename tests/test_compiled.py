@@ -11,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import specdec_kernels
 from specdec_kernels import DraftContext, Drafter, OracleDrafter, Proposal, SpeculativeDecoder
+from specdec_kernels.hf import packing
 from specdec_kernels.hf.compiled import bucket, compiled_capacity, pad_tree
 from specdec_kernels.tree import TokenTree
 
@@ -144,3 +145,30 @@ def test_trees_are_padded_to_powers_of_two() -> None:
     assert tree.tokens.tolist() == [[5, 6, *[0] * 6], [0] * 8]
     assert tree.parents.tolist() == [[-1, 0, *[-1] * 6], [-1] * 8]
     assert tree.num_nodes.tolist() == [2, 0]
+
+
+def test_compiled_steps_multiply_by_panels_and_by_new_ones_after_an_edit(monkeypatch) -> None:
+    monkeypatch.setattr(packing, "_layout_for", lambda dtype: packing._Panels)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    model = make_tiny_model().bfloat16()
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def text(**how: object) -> list[int]:
+        decoder = SpeculativeDecoder("suffix", **how)
+        out = model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=decoder)
+        return out[0].tolist()
+
+    before = text(compile=backend, pack=True)
+    names = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert sum("packed_linear" in name for name in names) == 3 * 7 + 1
+    assert before == text(pack=True)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0).clone())
+    after = text(compile=backend, pack=True)
+    assert after != before and after == text(pack=True)
+    assert len(graphs) == 1

@@ -19,7 +19,7 @@ LAYOUTS = [packing._Panels, packing._OneDnn]
 
 
 @pytest.fixture(autouse=True, params=LAYOUTS, ids=["panels", "onednn"])
-def _layout(request, monkeypatch) -> None:
+def layout(request, monkeypatch) -> object:
     """Both layouts, whichever this CPU would choose."""
     if request.param is packing._OneDnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN multiplies no bfloat16 on this CPU")
@@ -27,6 +27,7 @@ def _layout(request, monkeypatch) -> None:
         packing, "_layout_for", lambda dtype: request.param if dtype == torch.bfloat16 else None
     )
     monkeypatch.setattr(packing, "_packed", weakref.WeakKeyDictionary())
+    return request.param
 
 
 class Doubled(nn.Linear):
@@ -151,16 +152,17 @@ def test_free_memory_is_that_of_the_control_group(monkeypatch, tmp_path) -> None
     assert packing._free_bytes() > 2**20
 
 
-def test_the_decoder_packs_and_unpacks(monkeypatch) -> None:
+def test_the_decoder_packs_and_unpacks(monkeypatch, layout) -> None:
     model = make_tiny_model().bfloat16()
     seen = []
     monkeypatch.setattr(packing, "_forward", lambda linear: seen.append(linear) or linear.forward)
     ids = torch.tensor([[5, 6, 7]])
     for pack, compile, packs in (
         (False, False, False),
-        (True, "eager", False),
+        (True, "eager", layout is packing._Panels),
         (True, False, True),
     ):
+        seen.clear()
         decoder = SpeculativeDecoder("suffix", pack=pack, compile=compile)
         model.generate(ids, max_new_tokens=4, do_sample=False, custom_generate=decoder)
         assert bool(seen) == packs

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         cpu, cores (logical), threads (of torch), load_average (last minute: times taken beside
         other work are worth little), memory_gib, isa (of our CPU kernels), gpu (name or None),
         bandwidth_gbs (10^9 bytes read per second), bf16_gflops (10^9 operations per second of a
-        bfloat16 matrix product), versions (package -> version), commit (None outside a checkout).
+        bfloat16 matrix product, or of a float32 one where that is faster), versions (package -> version), commit (None outside a checkout).
     """
     return {
         "cpu": _cpu_model(),
@@ -64,8 +65,12 @@ def _read_bandwidth(device: str) -> float:
 
 
 def _matrix_rate(device: str) -> float:
-    matrix = torch.ones((_MATRIX, _MATRIX), dtype=torch.bfloat16, device=device)
-    return 2 * _MATRIX**3 / _fastest(lambda: matrix @ matrix, device)
+    """CPUs without bfloat16 products emulate them; there the float32 units set the limit."""
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix = torch.ones((_MATRIX, _MATRIX), dtype=dtype, device=device)
+        seconds.append(_fastest(partial(torch.mm, matrix, matrix), device))
+    return 2 * _MATRIX**3 / min(seconds)
 
 
 def _fastest(function: Callable[[], Any], device: str) -> float:

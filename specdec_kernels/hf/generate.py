@@ -71,7 +71,8 @@ class SpeculativeDecoder:
         compile: run the steps under `torch.compile`, with trees padded to a few sizes; True, or a
             backend that it takes.
         pack: keep packed copies of 16-bit weights on the CPU, from which steps are up to twice as
-            fast; None where they fit into half of the free memory. Not with `compile`.
+            fast, on CPUs without bfloat16 products several times; None where they fit into half of
+            the free memory. With `compile` on the latter only.
 
     Attributes:
         stats: `DecodeStats` of the last call; of the running one while it runs.
@@ -185,7 +186,7 @@ class SpeculativeDecoder:
         self.stats = DecodeStats.start(len(prompts))
         with (
             tree_attention_in(model),
-            packed_linears(model, False if self.compile else self.pack),
+            packed_linears(model, self.pack, compiled=bool(self.compile)),
             _attached(self.drafter, target),
             target.cache.in_use(),
         ):

@@ -28,7 +28,9 @@ _packed: weakref.WeakKeyDictionary[nn.Linear, tuple[Any, Tensor]] = weakref.Weak
 
 
 @contextmanager
-def packed_linears(model: nn.Module, pack: bool | None = None) -> Iterator[None]:
+def packed_linears(
+    model: nn.Module, pack: bool | None = None, *, compiled: bool = False
+) -> Iterator[None]:
     """Let the model's linear layers multiply by packed copies of their weights, and give them back.
 
     Layers that differ from a plain `nn.Linear` are left alone: other classes, forwards of their
@@ -37,8 +39,9 @@ def packed_linears(model: nn.Module, pack: bool | None = None) -> Iterator[None]
 
     Args:
         pack: True packs; False does not; None packs where the copies fit well into free memory.
+        compiled: only in a layout that `torch.compile` can hold in a graph.
     """
-    linears = [] if pack is False else list(_packable_in(model))
+    linears = [] if pack is False else list(_packable_in(model, compiled))
     if pack is None and not _fits([m for m in linears if not _is_packed(m)]):
         linears = []
     try:
@@ -50,18 +53,21 @@ def packed_linears(model: nn.Module, pack: bool | None = None) -> Iterator[None]
             linear.__dict__.pop("forward", None)
 
 
-def _packable_in(model: nn.Module) -> Iterator[nn.Linear]:
+def _packable_in(model: nn.Module, compiled: bool) -> Iterator[nn.Linear]:
     for module in model.modules():
         if type(module) is not nn.Linear or "forward" in module.__dict__:
             continue
         weight = module.weight
         is_plain = type(weight.data) is Tensor and weight.device.type == "cpu"
-        if is_plain and weight.numel() > 0 and _layout_for(weight.dtype) is not None:
+        layout = _layout_for(weight.dtype) if is_plain and weight.numel() > 0 else None
+        if layout is not None and (layout.is_tensor or not compiled):
             yield module
 
 
 class _Panels:
     """`ops.packed_linear`."""
+
+    is_tensor = True
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
@@ -76,12 +82,12 @@ class _Panels:
 class _OneDnn:
     """oneDNN's own layout and product."""
 
-    rows = 16
-    """What it lays the weights out for; the layout serves any number as well."""
+    is_tensor = False  # but opaque: without strides, as graphs need them
 
-    @classmethod
-    def pack(cls, weight: Tensor) -> Tensor:
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, cls.rows)
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        # Laid out for 16 rows, which serves any number as well.
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
         return packed
 
     @staticmethod
