@@ -232,7 +232,11 @@ def e2e(
         int | None, typer.Option(min=1, help="At most this many prompts of each, evenly spread.")
     ] = None,
     modes: Annotated[
-        str, typer.Option(help="Comma-separated; also plain, this package without drafter.")
+        str,
+        typer.Option(
+            help="Comma-separated; also plain, this package without drafter, and static, generate "
+            "with a compiled static cache."
+        ),
     ] = "generate,prompt_lookup,specdec",
     drafter_name: DrafterName = "auto",
     max_nodes: MaxNodes = None,
@@ -245,12 +249,18 @@ def e2e(
     siblings: Siblings = "distinct",
     draft_temperature: DraftTemperature = None,
     budget: HasBudget = True,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts of one call.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of sampling.")] = 1.0,
+    compile_steps: Annotated[
+        bool, typer.Option("--compile", help="Run this package's steps under torch.compile.")
+    ] = False,
     max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "bf16",
     threads: Threads = None,
     out: JsonOut = None,
 ) -> None:
-    """Time greedy generation prompt by prompt: plain, HuggingFace's prompt lookup, and specdec."""
+    """Time generation prompt by prompt: plain, HuggingFace's prompt lookup, and specdec."""
     check_out(out)
     options = DrafterOptions(
         drafter_name,
@@ -266,11 +276,14 @@ def e2e(
     )
     options.check()
 
-    from .bench.e2e import check_modes, read_prompts, run_e2e, select_prompts
+    from .bench.e2e import read_prompts, run_e2e, select_prompts
+    from .bench.ways import Decoding, check_modes
     from .tables import e2e_table
 
     chosen_modes = list(dict.fromkeys(modes.split(",")))
     check_modes(chosen_modes)
+    decoding = Decoding(batch, temperature, top_p, compile_steps)
+    decoding.check(chosen_modes)
     chosen = select_prompts(
         read_prompts(prompts), categories=categories or (), limit=limit_per_category
     )
@@ -283,6 +296,7 @@ def e2e(
             modes=chosen_modes,
             drafter=drafter,
             budget=None if budget else False,
+            decoding=decoding,
             max_new_tokens=max_new_tokens,
             progress=lambda prompt, mode: step(f"{prompt.category} {prompt.question_id} {mode}"),
         )

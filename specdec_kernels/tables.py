@@ -57,7 +57,7 @@ def e2e_table(record: dict[str, Any]) -> Table:
                 f"{row['speedup']:.2f}x",
                 f"{row['tokens_per_step']:.2f}",
                 f"{row['mean_tokens_per_step']:.2f}",
-                f"{row['agreement']:.0%}",
+                "-" if row["agreement"] is None else f"{row['agreement']:.0%}",
             )
         table.add_section()
     return table

@@ -14,13 +14,15 @@ import torch
 from byte_model import POSITIONS, greedy_tokens, save_byte_model
 from rich.console import Console
 
-from specdec_kernels.bench.e2e import MODES, Prompt, read_prompts, run_e2e, select_prompts
+from specdec_kernels.bench.e2e import Prompt, read_prompts, run_e2e, select_prompts
+from specdec_kernels.bench.ways import MODES, Decoding
 from specdec_kernels.cli import main
 from specdec_kernels.drafters import PromptLookupDrafter
 from specdec_kernels.hf.text import TextModel
 from specdec_kernels.tables import e2e_table
 
 FP32 = ["--dtype", "fp32"]
+EAGER = [mode for mode in MODES if mode != "static"]
 MALFORMED = {
     "not json": r"2: not JSON: .* at column 1",
     "[1]": r"2: must be a JSON object, got list",
@@ -79,7 +81,7 @@ def test_e2e_records_every_mode_category_and_prompt(
     prompts = _write_prompts(tmp_path / "prompts.jsonl")
     out = tmp_path / "new" / "folder" / "e2e.json"
     arguments = ["--model", str(folder), *FP32, "--prompts", str(prompts), "--max-new-tokens", "20"]
-    arguments += ["--drafter", "auto", "--no-budget", "--modes", ",".join(MODES)]
+    arguments += ["--drafter", "auto", "--no-budget", "--modes", ",".join(EAGER)]
     assert main(["bench", "e2e", *arguments, "--json", str(out)]) == 0
     shown = capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == ["e2e.json"]
@@ -91,7 +93,7 @@ def test_e2e_records_every_mode_category_and_prompt(
     assert len(tree["path"]) > 1 and tree["path"][0] == 0 and tree["parents"][0] == -1
     assert all(tree["parents"][b] == a for a, b in pairwise(tree["path"]))
     assert record["machine"]["settings"]["max_new_tokens"] == 20
-    assert list(record["summary"]) == list(MODES)
+    assert list(record["summary"]) == EAGER
     for mode, by_category in record["summary"].items():
         assert mode in shown
         assert by_category.keys() == {"all", "mt_bench", "qa"}, "MT-Bench's categories are one"
@@ -107,7 +109,7 @@ def test_e2e_records_every_mode_category_and_prompt(
     assert ours["mean_tokens_per_step"] == pytest.approx(19 * 4 / sum(steps))
     assert [p["question_id"] for p in record["prompts"]] == [1, 3, 2, 4]
     for prompt in record["prompts"]:
-        assert prompt["modes"].keys() == set(MODES)
+        assert prompt["modes"].keys() == set(EAGER)
         speeds = {mode: result["tok_s"] for mode, result in prompt["modes"].items()}
         ratio = speeds["specdec"] / speeds["generate"]
         assert prompt["modes"]["specdec"]["speedup"] == pytest.approx(ratio)
@@ -119,24 +121,24 @@ def test_another_mode_goes_first_at_each_prompt(subject: TextModel) -> None:
     run_e2e(
         subject,
         prompts,
-        modes=MODES,
+        modes=EAGER,
         drafter=PromptLookupDrafter(),
         max_new_tokens=2,
         progress=lambda prompt, mode: order.append((prompt.question_id, mode)),
     )
-    assert order[::4] == list(enumerate(MODES)) and len(set(order)) == 16
+    assert order[::4] == list(enumerate(EAGER)) and len(set(order)) == 16
 
 
 def test_e2e_reports_texts_that_part(subject: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = subject.generate
+    generate = subject.generate_batch
 
-    def wrong(prompt: torch.Tensor, **options: Any) -> Any:
-        run = generate(prompt, **options)
+    def wrong(rows: list[torch.Tensor], **options: Any) -> Any:
+        runs = generate(rows, **options)
         if "custom_generate" in options:
-            run.tokens[3] = (run.tokens[3] + 1) % 200
-        return run
+            runs[0].tokens[3] = (runs[0].tokens[3] + 1) % 200
+        return runs
 
-    monkeypatch.setattr(subject, "generate", wrong)
+    monkeypatch.setattr(subject, "generate_batch", wrong)
     prompts = [Prompt(1, "qa", "abc")]
     record = run_e2e(subject, prompts, drafter=PromptLookupDrafter(), max_new_tokens=6)
     assert record["summary"]["specdec"]["all"]["agreement"] == 0.0
@@ -146,6 +148,74 @@ def test_e2e_reports_texts_that_part(subject: TextModel, monkeypatch: pytest.Mon
     console.print(e2e_table(record))
     shown = " ".join(console.file.getvalue().split())  # the line may be broken
     assert f"specdec {divergence['gap']:.3g}" in shown
+
+
+def test_batches_are_of_one_category_and_their_rows_end_on_their_own(subject: TextModel) -> None:
+    prompts = [Prompt(i, "qa" if i < 5 else "rag", "abc" * (1 + i % 3)) for i in range(7)]
+    chats = [subject.encode(p.text, is_chat=True, max_new_tokens=12) for p in prompts]
+    alone = [subject.generate(c, do_sample=False, max_new_tokens=12).tokens for c in chats]
+    shown: list[Any] = []
+    subject.model.generation_config.eos_token_id = alone[1][6]
+    try:
+        record = run_e2e(
+            subject,
+            prompts,
+            modes=("generate", "specdec"),
+            drafter=PromptLookupDrafter(),
+            decoding=Decoding(batch=3),
+            max_new_tokens=12,
+            progress=lambda prompt, mode: shown.append(prompt.question_id),
+        )
+    finally:
+        subject.model.generation_config.eos_token_id = None
+    assert sorted(set(shown)) == [0, 3, 5], "three, two and two prompts"
+    lengths = [row["modes"]["specdec"]["new_tokens"] for row in record["prompts"]]
+    ends = [tokens.index(alone[1][6]) + 1 if alone[1][6] in tokens else 12 for tokens in alone]
+    assert lengths == ends and len(set(lengths)) > 1
+    assert record["summary"]["specdec"]["all"]["agreement"] == 1.0
+    seconds = [row["modes"]["generate"]["seconds"] for row in record["prompts"]]
+    assert seconds[0] == seconds[1] == seconds[2] != seconds[3] == seconds[4] != seconds[5]
+
+
+def test_sampled_texts_follow_the_law_and_are_not_compared(subject: TextModel) -> None:
+    prompts = [Prompt(1, "qa", "abc")]
+    record = run_e2e(
+        subject,
+        prompts,
+        modes=EAGER,
+        drafter=PromptLookupDrafter(),
+        decoding=Decoding(temperature=0.8, top_p=0.95),
+        max_new_tokens=12,
+    )
+    assert record["machine"]["settings"]["top_p"] == 0.95
+    for mode in EAGER:
+        assert record["summary"][mode]["all"]["agreement"] is None
+    gaps = [row["divergence"] for row in record["prompts"][0]["modes"].values()]
+    assert any(gap is not None for gap in gaps), "other draws"
+    assert all(gap is None or gap["gap"] is None for gap in gaps)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(e2e_table(record))
+    assert "%" not in console.file.getvalue()
+
+
+def test_compiled_ways_write_the_same_texts(subject: TextModel) -> None:
+    prompts = [Prompt(1, "qa", "abc"), Prompt(2, "qa", "abcabcab")]
+    record = run_e2e(
+        subject,
+        prompts,
+        modes=("generate", "static", "specdec"),
+        drafter=PromptLookupDrafter(max_nodes=4),
+        decoding=Decoding(compile="eager"),
+        max_new_tokens=10,
+    )
+    assert all(row["all"]["agreement"] == 1.0 for row in record["summary"].values())
+
+
+def test_prompt_lookup_of_transformers_takes_no_batch(subject: TextModel) -> None:
+    with pytest.raises(ValueError, match=r"takes one prompt at a time in transformers, got .* 2;"):
+        run_e2e(
+            subject, [Prompt(1, "qa", "abc")], drafter=None, decoding=Decoding(2), max_new_tokens=3
+        )
 
 
 def test_a_prompt_that_does_not_fit_is_named_before_anything_is_timed(subject: TextModel) -> None:

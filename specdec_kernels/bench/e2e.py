@@ -1,4 +1,4 @@
-"""Time whole generations: plain `generate`, its own prompt lookup, and this package."""
+"""Time whole generations: `generate` in its own ways, and this package."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..budget import Budget
 from ..drafters import Drafter
-from ..hf.generate import SpeculativeDecoder
 from ..hf.text import Generation, TextModel
 from ..statistics import TotalStats
 from .example import example_step
 from .machine import describe_machine
+from .ways import BASELINE, Decoding, check_modes, is_compiled, ways
 
-BASELINE = "generate"
-MODES = (BASELINE, "prompt_lookup", "plain", "specdec")
-_HF_LOOKUP_TOKENS = 10
 _WARM_UP_TOKENS = 8
 _MT_BENCH = frozenset(
     "writing roleplay reasoning math coding extraction stem humanities".split()  # noqa: SIM905
@@ -83,19 +81,6 @@ def select_prompts(
     return chosen
 
 
-def check_modes(modes: Sequence[str]) -> None:
-    """Raise ValueError for an unknown mode, or without the one that the others are compared
-    with.
-    """
-    for mode in modes:
-        if mode not in MODES:
-            raise ValueError(f"modes must be among {', '.join(MODES)}, got {mode!r}")
-    if BASELINE not in modes:
-        raise ValueError(
-            f"modes must include {BASELINE!r}: speedup and agreement are relative to it"
-        )
-
-
 def run_e2e(
     subject: TextModel,
     prompts: Sequence[Prompt],
@@ -103,19 +88,22 @@ def run_e2e(
     modes: Sequence[str] = (BASELINE, "prompt_lookup", "specdec"),
     drafter: Drafter | None,
     budget: Budget | bool | None = None,
+    decoding: Decoding | None = None,
     max_new_tokens: int,
     progress: Callable[[Prompt, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Generate greedily after every prompt in every mode, one prompt at a time.
+    """Generate after every prompt in every mode, one prompt or batch at a time.
 
-    The modes of a prompt run one after another, another one first each time, after a warm-up.
+    The modes of a batch run one after another, another one first each time, after a warm-up.
 
     Args:
         subject: the target; prompts go through its chat template.
         modes: "generate" is plain, "prompt_lookup" is `generate(prompt_lookup_num_tokens=10)`,
-            "plain" is this package without drafter, "specdec" with `drafter`.
+            "static" is `generate` with a static cache under `torch.compile`, "plain" is this
+            package without drafter, "specdec" with `drafter`.
         budget: as in `SpeculativeDecoder`.
-        progress: called before each generation.
+        decoding: batch size, sampling, compilation; None is one prompt at a time, greedy.
+        progress: called with the first prompt of a batch before each generation.
 
     Returns:
         {"machine": see `describe_machine`, with "settings"; "summary": {mode: {category or "all":
@@ -123,14 +111,18 @@ def run_e2e(
         [one dict per prompt]; with a drafter "statistics", `TotalStats` of "specdec", and
         "example", see `example_step`}. A summary holds medians over prompts, `speedup` of the
         ratios measured on the same prompt; `mean_tokens_per_step` is the mean over all verify
-        steps; `agreement` is the fraction of prompts with exactly the tokens of "generate".
+        steps; `agreement` is the fraction of prompts with exactly the tokens of "generate", None
+        where they are sampled. The rows of a batch share its time and its forward passes, until
+        the last one ends.
 
     Raises:
         ValueError: modes, or a prompt that does not fit the model.
     """
     check_modes(modes)
+    decoding = Decoding() if decoding is None else decoding
+    decoding.check(modes)
     encoded = [_encode(subject, prompt, max_new_tokens) for prompt in prompts]
-    ways = _ways(modes, drafter, budget)
+    options = ways(modes, drafter, budget, decoding)
     settings = {
         "model": subject.name,
         "dtype": subject.dtype,
@@ -138,30 +130,54 @@ def run_e2e(
         "max_nodes": 1 if drafter is None else drafter.max_nodes,
         "budget": budget if budget is None or isinstance(budget, bool) else "given",
         "max_new_tokens": max_new_tokens,
+        **asdict(decoding),
         "num_parameters": sum(p.numel() for p in subject.model.parameters()),
         "weight_bytes": sum(p.nbytes for p in subject.model.parameters()),
     }
     machine = {**describe_machine(), "settings": settings}
-    for options in ways.values():
-        subject.generate(encoded[0], **options, max_new_tokens=min(_WARM_UP_TOKENS, max_new_tokens))
-    decoder = ways["specdec"]["custom_generate"] if "specdec" in ways else None
+    longest = max(encoded, key=Tensor.numel)
+    for mode, given in options.items():
+        # What compiles does so for the largest shape, before anything is timed.
+        compiles = is_compiled(mode, decoding)
+        rows = [longest] * decoding.batch if compiles else encoded[:1]
+        new = max_new_tokens if compiles else min(_WARM_UP_TOKENS, max_new_tokens)
+        subject.generate_batch(rows, **given, max_new_tokens=new)
+    decoder = options["specdec"]["custom_generate"] if "specdec" in options else None
     if decoder is not None:
         decoder.totals = TotalStats()  # without the warm-up
     records = []
-    for turn, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+    for turn, batch in enumerate(_batches(prompts, decoding.batch)):
+        rows = [encoded[i] for i in batch]
         results = {}
-        first = turn % len(ways)
-        for mode in (*list(ways)[first:], *list(ways)[:first]):
+        first = turn % len(options)
+        for mode in (*list(options)[first:], *list(options)[:first]):
             if progress is not None:
-                progress(prompt, mode)
-            results[mode] = subject.generate(ids, **ways[mode], max_new_tokens=max_new_tokens)
-        records.append(_record(subject, prompt, ids, {mode: results[mode] for mode in ways}))
-    summary = {mode: _summary(mode, records) for mode in ways}
+                progress(prompts[batch[0]], mode)
+            torch.manual_seed(turn)  # of transformers' own sampling
+            results[mode] = subject.generate_batch(
+                rows, **options[mode], max_new_tokens=max_new_tokens
+            )
+        for row, i in enumerate(batch):
+            runs = {mode: results[mode][row] for mode in options}
+            records.append(_record(subject, prompts[i], encoded[i], runs, decoding.is_sampled))
+    summary = {mode: _summary(mode, records, decoding.is_sampled) for mode in options}
     record = {"machine": machine, "summary": summary, "prompts": records}
     if decoder is not None and drafter is not None:
         record["statistics"] = decoder.totals.as_dict()
         record["example"] = example_step(subject, encoded[-1], drafter, max_new_tokens)
     return record
+
+
+def _batches(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """Indices of up to `size` prompts of one category that follow each other."""
+    batches: list[list[int]] = []
+    for i, prompt in enumerate(prompts):
+        same = batches and prompts[batches[-1][0]].category == prompt.category
+        if same and len(batches[-1]) < size:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 def _parse(place: str, line: str) -> Prompt:
@@ -188,21 +204,12 @@ def _encode(subject: TextModel, prompt: Prompt, max_new_tokens: int) -> Tensor:
         raise ValueError(f"question {prompt.question_id}: {error}") from None
 
 
-def _ways(
-    modes: Sequence[str], drafter: Drafter | None, budget: Budget | bool | None
-) -> dict[str, dict[str, Any]]:
-    """Mode -> options of `generate`."""
-    options: dict[str, dict[str, Any]] = {
-        BASELINE: {},
-        "prompt_lookup": {"prompt_lookup_num_tokens": _HF_LOOKUP_TOKENS},
-        "plain": {"custom_generate": SpeculativeDecoder(None)},
-        "specdec": {"custom_generate": SpeculativeDecoder(drafter, budget=budget)},
-    }
-    return {mode: {"do_sample": False, **options[mode]} for mode in modes}
-
-
 def _record(
-    subject: TextModel, prompt: Prompt, ids: Tensor, results: dict[str, Generation]
+    subject: TextModel,
+    prompt: Prompt,
+    ids: Tensor,
+    results: dict[str, Generation],
+    is_sampled: bool,
 ) -> dict[str, Any]:
     baseline = results[BASELINE]
     record: dict[str, Any] = {
@@ -212,7 +219,7 @@ def _record(
         "modes": {},
     }
     for mode, result in results.items():
-        divergence = subject.divergence(ids, result.tokens, baseline.tokens)
+        divergence = subject.divergence(ids, result.tokens, baseline.tokens, is_sampled=is_sampled)
         record["modes"][mode] = {
             "new_tokens": len(result.tokens),
             "seconds": result.seconds,
@@ -225,7 +232,9 @@ def _record(
     return record
 
 
-def _summary(mode: str, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def _summary(
+    mode: str, records: Sequence[dict[str, Any]], is_sampled: bool
+) -> dict[str, dict[str, float | None]]:
     groups: dict[str, list[dict[str, Any]]] = {"all": []}
     for record in records:
         groups.setdefault(record["category"], []).append(record["modes"][mode])
@@ -237,7 +246,7 @@ def _summary(mode: str, records: Sequence[dict[str, Any]]) -> dict[str, dict[str
                 for key in ("tok_s", "speedup", "tokens_per_step")
             },
             "mean_tokens_per_step": _mean_over_steps(group),
-            "agreement": sum(r["agrees"] for r in group) / len(group),
+            "agreement": None if is_sampled else sum(r["agrees"] for r in group) / len(group),
         }
         for category, group in groups.items()
     }

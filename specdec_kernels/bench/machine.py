@@ -31,7 +31,8 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         cpu, cores (logical), threads (of torch), load_average (last minute: times taken beside
         other work are worth little), memory_gib, isa (of our CPU kernels), gpu (name or None),
         bandwidth_gbs (10^9 bytes read per second), bf16_gflops (10^9 operations per second of a
-        bfloat16 matrix product, or of a float32 one where that is faster), versions (package -> version), commit (None outside a checkout).
+        bfloat16 matrix product, or of a float32 one where that is faster), versions (package ->
+        version), commit (None outside a checkout).
     """
     return {
         "cpu": _cpu_model(),

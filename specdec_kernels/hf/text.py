@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -119,23 +120,40 @@ class TextModel:
 
     def generate(self, prompt: Tensor, **options: Any) -> Generation:
         """Time `model.generate` on prompt [1, P]; `options` are its own."""
+        return self.generate_batch([prompt], **options)[0]
+
+    def generate_batch(self, prompts: Sequence[Tensor], **options: Any) -> list[Generation]:
+        """Time one call of `model.generate` on prompts [1, P] of any lengths, padded on the left;
+        its time and its forward passes count for every row.
+        """
         num_forwards = 0
 
         def count(*_: object) -> None:
             nonlocal num_forwards
             num_forwards += 1
 
-        pad = self.model.generation_config.pad_token_id
-        if pad is None:  # one row needs no padding, but `generate` complains without it
+        if self.model.generation_config.pad_token_id is None:  # else `generate` complains
             options["pad_token_id"] = 0
+        width = max(prompt.shape[1] for prompt in prompts)
+        padding = [(width - prompt.shape[1], 0) for prompt in prompts]
+        ids = torch.cat([pad(p, by) for p, by in zip(prompts, padding, strict=True)])
+        ones = [torch.ones_like(prompt) for prompt in prompts]
+        mask = torch.cat([pad(o, by) for o, by in zip(ones, padding, strict=True)])
         hook = self.model.register_forward_hook(count)
         try:
             start = time.perf_counter()
-            output = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+            output = self.model.generate(ids, attention_mask=mask, **options)
             seconds = time.perf_counter() - start
         finally:
             hook.remove()
-        return Generation(output[0, prompt.shape[1] :].tolist(), seconds, num_forwards)
+        rows = output[:, width:].tolist()
+        return [Generation(self._until_end(row), seconds, num_forwards) for row in rows]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        """Without the padding of a row that ended before the others."""
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
 
     @torch.no_grad()
     def divergence(

@@ -130,11 +130,13 @@ def _sections(records: Records) -> Iterator[tuple[str, str]]:
 
 def _speed_note(record: dict[str, Any]) -> str:
     settings, total = record["machine"]["settings"], record["summary"]["specdec"]["all"]
+    law = f"temperature {settings['temperature']}" if settings["temperature"] else "greedy"
     note = (
-        f"{settings['model']}, {settings['dtype']}, greedy, {settings['max_new_tokens']} new "
-        f"tokens, batch 1, {len(record['prompts'])} prompts, drafter {settings['drafter']}, trees "
-        f"of at most {settings['max_nodes']} nodes: {total['tok_s']:.1f} tokens per second, "
-        f"{total['mean_tokens_per_step']:.2f} tokens per step."
+        f"{settings['model']}, {settings['dtype']}, {law}, {settings['max_new_tokens']} new "
+        f"tokens, batch {settings['batch']}, {len(record['prompts'])} prompts, drafter "
+        f"{settings['drafter']}, trees of at most {settings['max_nodes']} nodes: "
+        f"{total['tok_s']:.1f} tokens per second, {total['mean_tokens_per_step']:.2f} tokens per "
+        "step."
     )
     return f'<p class="dim">{escape(note)}</p>'
 
