@@ -173,6 +173,8 @@ def test_batches_are_of_one_category_and_their_rows_end_on_their_own(subject: Te
     ends = [tokens.index(alone[1][6]) + 1 if alone[1][6] in tokens else 12 for tokens in alone]
     assert lengths == ends and len(set(lengths)) > 1
     assert record["summary"]["specdec"]["all"]["agreement"] == 1.0
+    assert record["summary"]["generate"]["all"]["mean_tokens_per_step"] == 1.0
+    assert record["summary"]["specdec"]["all"]["mean_tokens_per_step"] >= 1.0
     seconds = [row["modes"]["generate"]["seconds"] for row in record["prompts"]]
     assert seconds[0] == seconds[1] == seconds[2] != seconds[3] == seconds[4] != seconds[5]
 

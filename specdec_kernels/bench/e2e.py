@@ -112,8 +112,7 @@ def run_e2e(
         "example", see `example_step`}. A summary holds medians over prompts, `speedup` of the
         ratios measured on the same prompt; `mean_tokens_per_step` is the mean over all verify
         steps; `agreement` is the fraction of prompts with exactly the tokens of "generate", None
-        where they are sampled. The rows of a batch share its time and its forward passes, until
-        the last one ends.
+        where they are sampled. The rows of a batch share its time.
 
     Raises:
         ValueError: modes, or a prompt that does not fit the model.

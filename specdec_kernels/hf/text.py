@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .generate import SpeculativeDecoder
 from .load import load_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -27,7 +28,7 @@ class Generation:
     Attributes:
         tokens: the new tokens, an end token included.
         seconds: wall time, prefill included.
-        num_forwards: forward passes of the model, prefill included.
+        num_forwards: forward passes of the model until the text ended, prefill included.
     """
 
     tokens: list[int]
@@ -124,7 +125,7 @@ class TextModel:
 
     def generate_batch(self, prompts: Sequence[Tensor], **options: Any) -> list[Generation]:
         """Time one call of `model.generate` on prompts [1, P] of any lengths, padded on the left;
-        its time and its forward passes count for every row.
+        its time is that of every row.
         """
         num_forwards = 0
 
@@ -146,8 +147,15 @@ class TextModel:
             seconds = time.perf_counter() - start
         finally:
             hook.remove()
-        rows = output[:, width:].tolist()
-        return [Generation(self._until_end(row), seconds, num_forwards) for row in rows]
+        rows = [self._until_end(row) for row in output[:, width:].tolist()]
+        decoder = options.get("custom_generate")
+        if len(rows) == 1:
+            forwards = [num_forwards]
+        elif isinstance(decoder, SpeculativeDecoder) and decoder.stats is not None:
+            forwards = [1 + steps for steps in decoder.stats.num_steps]
+        else:  # a token each
+            forwards = [len(row) for row in rows]
+        return [Generation(r, seconds, n) for r, n in zip(rows, forwards, strict=True)]
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         """Without the padding of a row that ended before the others."""
