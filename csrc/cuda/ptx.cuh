@@ -111,6 +111,13 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
+// x, of which the compiler does not know that it is the same in every turn of a loop: what follows
+// from it is computed anew and occupies no registers in between.
+__device__ __forceinline__ int32_t anew(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x within two units in the last place; 0 below the normal numbers.
 __device__ __forceinline__ float power_of_2(float x) {
   float power;

@@ -258,8 +258,10 @@ void run_tree_attention() {
   };
   for (const Case& c : {
            Case{DType::kBfloat16, 4, 2, 5, 64, 410, 0, 0, 2},     // a split of many tiles
-           Case{DType::kBfloat16, 1, 1, 66, 80, 330, 16, 90, 1},  // pages, row tiles
+           Case{DType::kBfloat16, 4, 2, 12, 64, 200, 0, 0, 4},    // a warp for each 16 rows
+           Case{DType::kBfloat16, 1, 1, 66, 80, 330, 16, 90, 1},  // for each 32; pages
            Case{DType::kFloat16, 2, 1, 3, 256, 200, 0, 0, 4},
+           Case{DType::kFloat16, 2, 1, 65, 256, 100, 0, 0, 1},  // two tiles of rows
            Case{DType::kFloat32, 4, 2, 5, 40, 170, 8, 0, 1},
            Case{DType::kFloat16, 2, 2, 4, 20, 80, 0, 30, 8},  // rows that are not aligned
        }) {
