@@ -108,7 +108,7 @@ ROWS = (
         {"B": 1, "N": 64, "H": 4, "G": 1, "D": 128, "S": 1024},
         1.92,
         1.07,
-        why="queries and partial results of two splits, each as large as what it reads of the cache",
+        why="queries and partial results of two splits, each as large as its keys and values",
     ),
     Row(
         "tree_attention",
