@@ -198,11 +198,13 @@ def test_keys_and_values_are_read_once_for_all_rows_that_fit(D: int, dtype: torc
 
 
 @pytest.mark.parametrize("nodes", [1, 20, 40])
-@pytest.mark.parametrize("dtype", HALVES, ids=ID)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ID)
 @pytest.mark.parametrize("D", [16, 64, 80, 96, 112, 128, 256])
 def test_shared_memory_has_no_bank_conflicts(D: int, nodes: int, dtype: torch.dtype) -> None:
+    """In the loop by ldmatrix, cp.async, loads and stores, and where a warp writes its own rows."""
     counters = _counters(one_tree(B=1, N=nodes, H=2, G=1, D=D, S=150, dtype=dtype))
-    assert counters["matrix_loads"] > 0 and counters["bank_conflicts"] == 0
+    assert (counters["matrix_loads"] > 0) == (dtype != torch.float32)
+    assert counters["shared_accesses"] > 0 and counters["bank_conflicts"] == 0
 
 
 def test_a_tile_takes_one_barrier() -> None:
@@ -308,6 +310,13 @@ FAULTS = {
         "attention_mma_tile.cuh",
         "(chunk ^ row / (8 / kSpread) % kSpread)",
         "(chunk ^ row / (8 / kSpread) % kSpread * 0)",
+        "address",
+        r"emulator: \d+ bank conflicts",
+    ),
+    "even_stride_without_tensor_cores": (
+        "attention_plain.cuh",
+        "k_stride((dims / 4 | 1) * 4)",
+        "k_stride(dims)",
         "address",
         r"emulator: \d+ bank conflicts",
     ),

@@ -13,7 +13,8 @@
 namespace specdec::cuda {
 
 // Writes the rows of a warp that has seen all keys of the split, or their partial result, through
-// its part of q, which it no longer needs.
+// its part of q, which it no longer needs. What is known of the block is settled anew: kept through
+// the loop, it would take registers.
 template <class T, int kDim, int kRows, class Tile = MmaTile<kDim, kRows>>
 __device__ inline void write_own_rows(const AttentionParams& params, T* q_tile,
                                       const MmaState<kDim> (&states)[Tile::kFragments]) {
@@ -53,8 +54,9 @@ __device__ inline void write_own_rows(const AttentionParams& params, T* q_tile,
     if (pair == 0 && node < call.nodes) store_lse(call, work.b, node, head, end.lse);
 #pragma unroll
     for (int32_t n = 0; n < kDim / 8; ++n) {
-      *reinterpret_cast<uint32_t*>(staging + Tile::at(row, n) + pair) =
-          pack2<T>(scaled(sums[n][2 * r], end.factor), scaled(sums[n][2 * r + 1], end.factor));
+      store_shared(
+          reinterpret_cast<uint32_t*>(staging + Tile::at(row, n) + pair),
+          pack2<T>(scaled(sums[n][2 * r], end.factor), scaled(sums[n][2 * r + 1], end.factor)));
     }
   }
   if (range.num_active > 1) return;
@@ -67,7 +69,7 @@ __device__ inline void write_own_rows(const AttentionParams& params, T* q_tile,
     const int32_t head = work.g * params.group + of_head % params.group;
     T* out = static_cast<T*>(call.out) + out_offset(call, work.b, node, head) + 8 * chunk;
     store_global(reinterpret_cast<uint4*>(out),
-                 *reinterpret_cast<const uint4*>(staging + Tile::at(row, chunk)));
+                 load_shared(reinterpret_cast<const uint4*>(staging + Tile::at(row, chunk))));
   }
 }
 
@@ -215,7 +217,8 @@ __global__ void __launch_bounds__(MmaTile<kDim, kRows>::kMaxThreads,
 #pragma unroll
     for (int32_t n = 0; n < kDim / 8; ++n) {
       float* pair = sums + row * Tile::kStateStride + 8 * n + 2 * (lane % 4);
-      *reinterpret_cast<float2*>(pair) = {state.sums[n][2 * r], state.sums[n][2 * r + 1]};
+      store_shared(reinterpret_cast<float2*>(pair),
+                   float2{state.sums[n][2 * r], state.sums[n][2 * r + 1]});
     }
   }
   __syncthreads();

@@ -93,7 +93,7 @@ __device__ inline void load_queries(const AttentionParams& params, const Work& w
       values = load_query<T>(params, work.b, work.g * params.group + of_head % params.group, node,
                              chunk * 8);
     }
-    *reinterpret_cast<uint4*>(target + Tile::at(row, chunk)) = values;
+    store_shared(reinterpret_cast<uint4*>(target + Tile::at(row, chunk)), values);
   }
 }
 

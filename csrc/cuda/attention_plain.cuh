@@ -62,7 +62,8 @@ __device__ inline void fetch_floats(const AttentionParams& params, const Work& w
     } else {
       for (int32_t d = lane; d < padded; d += 32) {
         const bool has_data = is_inside && d < cache.head_dim;
-        row_target[d] = has_data ? to_float(load_global(row + d * cache.stride_d)) : 0.0f;
+        store_shared(row_target + d,
+                     has_data ? to_float(load_global(row + d * cache.stride_d)) : 0.0f);
       }
     }
   }
@@ -82,7 +83,8 @@ __device__ inline void load_float_queries(const AttentionParams& params, const W
         static_cast<const T*>(q.data) + work.b * q.stride_c + head * q.stride_g + node * q.stride_s;
     for (int32_t d = lane; d < dims; d += 32) {
       const bool has_data = node < count && d < q.head_dim;
-      target[row * dims + d] = has_data ? to_float(load_global(source + d * q.stride_d)) : 0.0f;
+      store_shared(target + row * dims + d,
+                   has_data ? to_float(load_global(source + d * q.stride_d)) : 0.0f);
     }
   }
 }
@@ -122,10 +124,10 @@ __device__ inline void PlainState::add_key(const float* q, const float* key, int
   float dots[1][kRows] = {};
 #pragma unroll 2
   for (int32_t d = 0; d < dims; d += 4) {
-    const float4 k = *reinterpret_cast<const float4*>(key + d);
+    const float4 k = load_shared(reinterpret_cast<const float4*>(key + d));
 #pragma unroll
     for (int32_t r = 0; r < kRows; ++r) {
-      dots[0][r] += dot4(*reinterpret_cast<const float4*>(q + r * dims + d), k);
+      dots[0][r] += dot4(load_shared(reinterpret_cast<const float4*>(q + r * dims + d)), k);
     }
   }
   scale.apply<true>(dots);
@@ -138,7 +140,7 @@ __device__ inline void PlainState::add_key(const float* q, const float* key, int
     weight[r] = weight[r] * keep + prob;
 #pragma unroll
     for (int32_t c = 0; c < PlainTile::kColumns; ++c) sums[r][c] *= keep;
-    probs[r * PlainTile::kKeys + lane] = prob;
+    store_shared(probs + r * PlainTile::kKeys + lane, prob);
   }
 }
 
@@ -149,11 +151,11 @@ __device__ inline void PlainState::add_values(const float* probs, const float* v
   for (int32_t key = 0; key < PlainTile::kKeys; ++key) {
     float p[kRows];
 #pragma unroll
-    for (int32_t r = 0; r < kRows; ++r) p[r] = probs[r * PlainTile::kKeys + key];
+    for (int32_t r = 0; r < kRows; ++r) p[r] = load_shared(probs + r * PlainTile::kKeys + key);
 #pragma unroll
     for (int32_t c = 0; c < PlainTile::kColumns; ++c) {
       if (32 * c >= stride) break;
-      const float value = values[key * stride + 32 * c + lane];
+      const float value = load_shared(values + key * stride + 32 * c + lane);
 #pragma unroll
       for (int32_t r = 0; r < kRows; ++r) sums[r][c] += p[r] * value;
     }

@@ -307,9 +307,6 @@ void run_tree_attention() {
     const auto scratch = std::make_unique<unsigned char[]>(bytes);
     cuda::tree_attention(params, scratch.get(), nullptr);
   }
-  if (emu::counters.bank_conflicts > 0) {
-    throw emu::Error(std::to_string(emu::counters.bank_conflicts) + " bank conflicts");
-  }
 }
 
 // The last tree is larger than shared memory.
@@ -374,6 +371,9 @@ int main(int argc, char** argv) {
   try {
     emu::set_order(argv[2]);
     run->second();
+    if (emu::counters.bank_conflicts > 0) {
+      throw emu::Error(std::to_string(emu::counters.bank_conflicts) + " bank conflicts");
+    }
   } catch (const emu::Error& error) {
     std::fprintf(stderr, "emulator: %s\n", error.what());
     return 3;
