@@ -50,7 +50,7 @@ class Output {
       stride *= std::max<int64_t>(sizes.begin()[i], 1);
     }
     AtenTensorHandle made = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
         static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
         aoti_torch_device_type_cpu(), 0, &made));
@@ -60,7 +60,7 @@ class Output {
   template <class T>
   T* data() const {
     void* first = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_.get(), &first));
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_.get(), &first));
     return static_cast<T*>(first);
   }
 

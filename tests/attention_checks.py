@@ -20,6 +20,10 @@ EDGES = {
         "N": 9, "H": 4, "G": 4, "D": 128, "S": 99, "page_size": 11, "window": 50, "softcap": 5.0,
     },
     "wide heads": {"N": 3, "H": 2, "G": 1, "D": 256, "S": 140, "page_size": 128},
+    "many rows of wide heads": {"N": 33, "H": 4, "G": 1, "D": 192, "S": 50, "sinks": True},
+    "more rows than a block has": {
+        "N": 70, "H": 4, "G": 1, "D": 128, "S": 99, "window": 40, "softcap": 8.0,
+    },
     "narrow heads": {"N": 3, "H": 2, "G": 2, "D": 4, "S": 40},
 }  # fmt: skip
 """Name -> sizes of one request."""

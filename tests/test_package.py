@@ -30,6 +30,20 @@ def test_the_native_library_is_built() -> None:
     } <= set(native)  # fmt: skip
 
 
+def test_the_native_library_needs_nothing_newer_than_torch_2_10() -> None:
+    """The list is what libtorch_cpu of 2.10.0, the oldest that we promise, exports of torch's C
+    interface; a missing symbol would end the import there, with C++ ones other versions too.
+    """
+    known = (ROOT / "tests" / "torch_2_10_symbols.txt").read_text("utf-8").split()
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", registry.NATIVE_LIBRARY],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    needed = re.findall(r" U ((?:aoti_)?torch_\w+)$", listing, re.MULTILINE)
+    assert len(needed) > 40 and set(needed) <= set(known)
+    assert not re.findall(r" U _Z\w*(?:2at|3c10|5torch)\w*", listing)
+
+
 @pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
 def test_every_instruction_set_passes_the_operator_tests(capability: str) -> None:
     """In a child process: the choice is made when the library is loaded."""

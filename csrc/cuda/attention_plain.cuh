@@ -2,9 +2,11 @@
 // bytes at a time.
 //
 // A block owns a request, a key/value head, a tile of query rows and one split of the keys; a warp
-// owns four of the rows. Lanes are keys for q.k and columns for p.v, so each element that comes
-// from shared memory serves four rows. Keys of the next tile arrive while values are summed, values
-// while keys are multiplied: two barriers stand between a tile's use and its successor.
+// owns four of the rows, and a block has the warps that its rows need, up to 48 rows, or 28 of the
+// widest heads, whose q fills shared memory. Lanes are keys for q.k and columns for p.v, so each
+// element that comes from shared memory serves four rows. Keys of the next tile arrive while values
+// are summed, values while keys are multiplied: two barriers stand between a tile's use and its
+// successor.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -12,8 +14,8 @@
 namespace specdec::cuda {
 
 struct PlainTile {
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
-  static constexpr int kWarpRows = 4, kRows = kWarps * kWarpRows;
+  static constexpr int kWarpRows = 4;
+  static constexpr int kMinWarps = 4, kMaxWarps = 12, kMaxThreads = 32 * kMaxWarps;
   static constexpr int kKeys = 32;
   static constexpr int kColumns = kMaxHeadDim / 32;  // of a lane, 32 apart
 
@@ -24,15 +26,18 @@ struct PlainTile {
         k_stride((dims / 4 | 1) * 4),
         v_stride((value_dim + 31) / 32 * 32) {}
 
-  __host__ __device__ int32_t shared_floats() const {
-    return kRows * (dims + kKeys) + kKeys * (k_stride + v_stride);
+  __host__ __device__ int32_t shared_floats(int32_t warps) const {
+    return warps * kWarpRows * (dims + kKeys) + kKeys * (k_stride + v_stride);
   }
+
+  // Of this block.
+  __device__ static int32_t warps() { return static_cast<int32_t>(blockDim.x) / 32; }
+  __device__ static int32_t rows() { return warps() * kWarpRows; }
 };
 
-static_assert(4 * (PlainTile::kRows * (kMaxHeadDim + PlainTile::kKeys) +
+static_assert(4 * (PlainTile::kMinWarps * PlainTile::kWarpRows * (kMaxHeadDim + PlainTile::kKeys) +
                    PlainTile::kKeys * (2 * kMaxHeadDim + 4)) <=
-                  99 << 10,
-              "what the smallest device gives to a block");
+              kMaxShared);
 
 // Starts to copy the keys or values of a tile, zeros outside, `padded` floats a row. Where elements
 // must be converted or are no neighbours, the copy is made at once.
@@ -43,7 +48,7 @@ __device__ inline void fetch_floats(const AttentionParams& params, const Work& w
   const T* head = static_cast<const T*>(cache.data) + work.g * cache.stride_g;
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32,
                 lane = static_cast<int32_t>(threadIdx.x) % 32;
-  for (int32_t key = warp; key < PlainTile::kKeys; key += PlainTile::kWarps) {
+  for (int32_t key = warp; key < PlainTile::kKeys; key += PlainTile::warps()) {
     const int32_t slot = range.first + tile * PlainTile::kKeys + key;
     const bool is_inside = slot < range.end;
     const SlotPlace place = is_inside ? place_of(params, work.b, slot) : SlotPlace{0, 0};
@@ -57,7 +62,8 @@ __device__ inline void fetch_floats(const AttentionParams& params, const Work& w
     } else {
       for (int32_t d = lane; d < padded; d += 32) {
         const bool has_data = is_inside && d < cache.head_dim;
-        row_target[d] = has_data ? to_float(load_global(row + d * cache.stride_d)) : 0.0f;
+        store_shared(row_target + d,
+                     has_data ? to_float(load_global(row + d * cache.stride_d)) : 0.0f);
       }
     }
   }
@@ -70,14 +76,15 @@ __device__ inline void load_float_queries(const AttentionParams& params, const W
   const CacheView& q = params.call.q;
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32,
                 lane = static_cast<int32_t>(threadIdx.x) % 32;
-  for (int32_t row = warp; row < PlainTile::kRows; row += PlainTile::kWarps) {
-    const int32_t of_head = work.row_tile * PlainTile::kRows + row, node = of_head / params.group;
+  for (int32_t row = warp; row < PlainTile::rows(); row += PlainTile::warps()) {
+    const int32_t of_head = work.row_tile * PlainTile::rows() + row, node = of_head / params.group;
     const int32_t head = work.g * params.group + of_head % params.group;
     const T* source =
         static_cast<const T*>(q.data) + work.b * q.stride_c + head * q.stride_g + node * q.stride_s;
     for (int32_t d = lane; d < dims; d += 32) {
       const bool has_data = node < count && d < q.head_dim;
-      target[row * dims + d] = has_data ? to_float(load_global(source + d * q.stride_d)) : 0.0f;
+      store_shared(target + row * dims + d,
+                   has_data ? to_float(load_global(source + d * q.stride_d)) : 0.0f);
     }
   }
 }
@@ -117,10 +124,10 @@ __device__ inline void PlainState::add_key(const float* q, const float* key, int
   float dots[1][kRows] = {};
 #pragma unroll 2
   for (int32_t d = 0; d < dims; d += 4) {
-    const float4 k = *reinterpret_cast<const float4*>(key + d);
+    const float4 k = load_shared(reinterpret_cast<const float4*>(key + d));
 #pragma unroll
     for (int32_t r = 0; r < kRows; ++r) {
-      dots[0][r] += dot4(*reinterpret_cast<const float4*>(q + r * dims + d), k);
+      dots[0][r] += dot4(load_shared(reinterpret_cast<const float4*>(q + r * dims + d)), k);
     }
   }
   scale.apply<true>(dots);
@@ -133,7 +140,7 @@ __device__ inline void PlainState::add_key(const float* q, const float* key, int
     weight[r] = weight[r] * keep + prob;
 #pragma unroll
     for (int32_t c = 0; c < PlainTile::kColumns; ++c) sums[r][c] *= keep;
-    probs[r * PlainTile::kKeys + lane] = prob;
+    store_shared(probs + r * PlainTile::kKeys + lane, prob);
   }
 }
 
@@ -144,11 +151,11 @@ __device__ inline void PlainState::add_values(const float* probs, const float* v
   for (int32_t key = 0; key < PlainTile::kKeys; ++key) {
     float p[kRows];
 #pragma unroll
-    for (int32_t r = 0; r < kRows; ++r) p[r] = probs[r * PlainTile::kKeys + key];
+    for (int32_t r = 0; r < kRows; ++r) p[r] = load_shared(probs + r * PlainTile::kKeys + key);
 #pragma unroll
     for (int32_t c = 0; c < PlainTile::kColumns; ++c) {
       if (32 * c >= stride) break;
-      const float value = values[key * stride + 32 * c + lane];
+      const float value = load_shared(values + key * stride + 32 * c + lane);
 #pragma unroll
       for (int32_t r = 0; r < kRows; ++r) sums[r][c] += p[r] * value;
     }
@@ -156,12 +163,12 @@ __device__ inline void PlainState::add_values(const float* probs, const float* v
 }
 
 template <class T>
-__global__ void __launch_bounds__(PlainTile::kThreads)
+__global__ void __launch_bounds__(PlainTile::kMaxThreads)
     attend_plain_kernel(const __grid_constant__ AttentionParams params) {
   const TreeAttentionParams& call = params.call;
-  const Work work = work_of_block(params);
+  const Work work = work_of_block(params, blockIdx.x);
   const KeyRange range = key_range(params, work.b, PlainTile::kKeys);
-  const int32_t first_row = work.row_tile * PlainTile::kRows;
+  const int32_t first_row = work.row_tile * PlainTile::rows();
   const bool is_idle = first_row >= range.count * params.group;
   if (work.split >= range.num_active || (is_idle && range.num_active > 1)) return;
   const int32_t begin = work.split * range.each;
@@ -170,7 +177,7 @@ __global__ void __launch_bounds__(PlainTile::kThreads)
   SPECDEC_DYNAMIC_SHARED(float, shared);
   const PlainTile tile_of(call.q.head_dim, call.v_cache.head_dim);
   float* const q = shared;
-  float* const keys = q + PlainTile::kRows * tile_of.dims;
+  float* const keys = q + PlainTile::rows() * tile_of.dims;
   float* const values = keys + PlainTile::kKeys * tile_of.k_stride;
   float* const all_probs = values + PlainTile::kKeys * tile_of.v_stride;
   const auto fetch_keys = [&](int32_t tile) {

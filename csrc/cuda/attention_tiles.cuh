@@ -13,6 +13,7 @@ namespace specdec::cuda {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 constexpr int32_t kMaxHeadDim = 256;
+constexpr int32_t kMaxShared = 99 << 10;  // bytes; what the smallest device gives to a block
 
 struct AttentionParams {
   TreeAttentionParams call;
@@ -38,14 +39,14 @@ struct Work {
   int32_t g, split, row_tile;
 };
 
-__device__ inline Work work_of_block(const AttentionParams& params) {
+__device__ inline Work work_of_block(const AttentionParams& params, uint32_t block) {
   const uint32_t tiles = static_cast<uint32_t>(params.row_tiles),
                  splits = static_cast<uint32_t>(params.num_splits),
                  heads = static_cast<uint32_t>(params.call.k_cache.heads);
-  const uint32_t head = blockIdx.x / tiles / splits;  // of all requests
+  const uint32_t head = block / tiles / splits;  // of all requests
   return {head / heads, static_cast<int32_t>(head % heads),
-          static_cast<int32_t>(blockIdx.x / tiles % splits),
-          static_cast<int32_t>(blockIdx.x % tiles)};  // fastest: tiles of the same keys together
+          static_cast<int32_t>(block / tiles % splits),
+          static_cast<int32_t>(block % tiles)};  // fastest: tiles of the same keys together
 }
 
 // The slots that the nodes of a request see, as tiles of keys dealt to its splits. Settled on the

@@ -1,5 +1,5 @@
-// Every piece of inline PTX, and the accesses of global memory that the emulator counts; its
-// versions are in ../emu/ptx.hpp.
+// Every piece of inline PTX, and the accesses of memory that the emulator counts, of global memory
+// by bytes, of shared memory by bank conflicts; its versions are in ../emu/ptx.hpp.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,16 @@ __device__ __forceinline__ T load_global(const T* address) {
 
 template <class T>
 __device__ __forceinline__ void store_global(T* address, std::type_identity_t<T> value) {
+  *address = value;
+}
+
+template <class T>
+__device__ __forceinline__ T load_shared(const T* address) {
+  return *address;
+}
+
+template <class T>
+__device__ __forceinline__ void store_shared(T* address, std::type_identity_t<T> value) {
   *address = value;
 }
 
@@ -109,6 +119,13 @@ __device__ __forceinline__ void cluster_sync() {
 #else
   __syncthreads();
 #endif
+}
+
+// x, of which the compiler does not know that it is the same in every turn of a loop: what follows
+// from it is computed anew and occupies no registers in between.
+__device__ __forceinline__ int32_t anew(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // 2^x within two units in the last place; 0 below the normal numbers.

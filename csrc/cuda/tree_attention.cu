@@ -4,8 +4,9 @@
 // graph; which of them have work is settled on the device, from lengths and num_nodes. A request
 // that fits one split is finished by it, else a second kernel joins the partial results.
 //
-// Bytes, with T = ceil(N * H/G / rows of a tile), K_b keys that request b sees, A_b splits of it
-// that have work, and w bytes an element:
+// Bytes, with T = ceil(N * H/G / rows of a tile), which is 1 up to 256 rows on tensor cores (128
+// where D or E is above 128) and up to 48 without (28 of the widest heads), K_b keys that request b
+// sees, A_b splits of it that have work, and w bytes an element:
 //   reads   sum_b T * G * K_b * (D + E) * w + A_b * H * N * D * w, 16 bytes of ancestor words a row
 //           for each tile that is not all prefix
 //   writes  B * H * N * E * w, and 4 * B * H * N with lse
@@ -28,7 +29,7 @@ constexpr int64_t kMaxSplits = 256;
 // and the longest one ends last.
 constexpr int64_t kMaxSplitKeys = 8192;
 constexpr int64_t kMaxPartialBytes = 64 << 20;
-constexpr int64_t kBlocksPerProcessor = 2;  // unmeasured; they set the number of splits
+constexpr int kBlocksPerProcessor = 2;  // unmeasured; they set the number of splits
 
 // A warp joins the splits of one row.
 template <class T>
@@ -87,28 +88,73 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeResident)
   }
 }
 
-// The kernel of a call and the tile that it works on.
+// The kernel of a call, its tiles, and how it is launched.
 struct Attend {
   void (*kernel)(AttentionParams);
-  int rows, keys, threads;
+  int32_t row_tiles, rows, keys;  // of a tile
+  int threads;
   size_t shared;
+  int blocks_per_processor;  // that the number of splits counts on
 };
 
+int32_t divide_up(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
 template <class T, int kDim, int kRows>
-Attend attend_mma() {
+Attend attend_mma(int32_t rows) {
   using Tile = MmaTile<kDim, kRows>;
-  return {attend_mma_kernel<T, kDim, kRows>, kRows, Tile::kKeys, Tile::kThreads,
-          Tile::kSharedBytes};
+  static_assert(Tile::shared_bytes(kRows) <= kMaxShared);
+  Attend attend{attend_mma_kernel<T, kDim, kRows>,
+                divide_up(rows, kRows),
+                kRows,
+                Tile::kKeys,
+                Tile::kMaxThreads,
+                0,
+                kBlocksPerProcessor};
+  if (Tile::kIsWide) {
+    const int32_t warps = divide_up(rows, Tile::kWarpRows * attend.row_tiles);
+    attend.rows = Tile::kWarpRows * warps;
+    attend.threads = 32 * warps;
+    attend.blocks_per_processor =
+        std::min(kBlocksPerProcessor, Tile::kResident * Tile::kMaxThreads / attend.threads);
+  }
+  attend.shared = static_cast<size_t>(Tile::shared_bytes(attend.rows));
+  return attend;
+}
+
+template <class T, int kDim>
+Attend attend_mma(int32_t rows) {
+  if constexpr (kDim > 128) {
+    return rows <= 32 ? attend_mma<T, kDim, 32>(rows) : attend_mma<T, kDim, 128>(rows);
+  } else {
+    return rows <= 16   ? attend_mma<T, kDim, 16>(rows)
+           : rows <= 64 ? attend_mma<T, kDim, 64>(rows)
+                        : attend_mma<T, kDim, 256>(rows);
+  }
 }
 
 template <class T>
 Attend choose_mma(int32_t dim, int32_t rows) {
-  const bool is_small = rows <= 16;
-  if (dim <= 64) return is_small ? attend_mma<T, 64, 16>() : attend_mma<T, 64, 64>();
-  if (dim <= 80) return is_small ? attend_mma<T, 80, 16>() : attend_mma<T, 80, 64>();
-  if (dim <= 96) return is_small ? attend_mma<T, 96, 16>() : attend_mma<T, 96, 64>();
-  if (dim <= 128) return is_small ? attend_mma<T, 128, 16>() : attend_mma<T, 128, 64>();
-  return attend_mma<T, 256, 32>();
+  if (dim <= 64) return attend_mma<T, 64>(rows);
+  if (dim <= 80) return attend_mma<T, 80>(rows);
+  if (dim <= 96) return attend_mma<T, 96>(rows);
+  if (dim <= 128) return attend_mma<T, 128>(rows);
+  return attend_mma<T, 256>(rows);
+}
+
+template <class T>
+Attend attend_plain(const PlainTile& tile, int32_t rows) {
+  int32_t most = PlainTile::kMaxWarps;
+  while (4 * tile.shared_floats(most) > kMaxShared) --most;
+  const int32_t row_tiles = divide_up(rows, most * PlainTile::kWarpRows);
+  const int32_t warps =
+      std::max(PlainTile::kMinWarps, divide_up(rows, PlainTile::kWarpRows * row_tiles));
+  return {attend_plain_kernel<T>,
+          row_tiles,
+          warps * PlainTile::kWarpRows,
+          PlainTile::kKeys,
+          32 * warps,
+          size_t{4} * static_cast<size_t>(tile.shared_floats(warps)),
+          2 * warps > PlainTile::kMaxWarps ? 1 : kBlocksPerProcessor};
 }
 
 Attend choose(const AttentionParams& params) {
@@ -123,9 +169,7 @@ Attend choose(const AttentionParams& params) {
         return;
       }
     }
-    const PlainTile tile(call.q.head_dim, call.v_cache.head_dim);
-    chosen = {attend_plain_kernel<T>, PlainTile::kRows, PlainTile::kKeys, PlainTile::kThreads,
-              size_t{4} * static_cast<size_t>(tile.shared_floats())};
+    chosen = attend_plain<T>(PlainTile(call.q.head_dim, call.v_cache.head_dim), params.rows());
   });
   return chosen;
 }
@@ -136,13 +180,13 @@ bool is_empty(const TreeAttentionParams& call) {
 
 // Splits of each request: as many as the device runs at once, and none with more than
 // kMaxSplitKeys keys.
-int64_t count_splits(const AttentionParams& params, int64_t processors) {
+int64_t count_splits(const AttentionParams& params, int64_t resident_blocks) {
   const TreeAttentionParams& call = params.call;
   int64_t keys = call.capacity;
   if (call.window > 0) keys = std::min<int64_t>(keys, int64_t{call.window} + call.nodes);
   const int64_t blocks = int64_t{call.batch} * call.k_cache.heads * params.row_tiles;
-  const int64_t wanted = std::max(kBlocksPerProcessor * processors / blocks,
-                                  (keys + kMaxSplitKeys - 1) / kMaxSplitKeys);
+  const int64_t wanted =
+      std::max(resident_blocks / blocks, (keys + kMaxSplitKeys - 1) / kMaxSplitKeys);
   const int64_t tiles = (keys + params.tile_keys - 1) / params.tile_keys;
   const int64_t partial_bytes =
       int64_t{4} * call.batch * call.q.heads * call.nodes * (call.v_cache.head_dim + 2);
@@ -165,11 +209,12 @@ AttentionParams plan(const TreeAttentionParams& call) {
   params.has_wide_kv =
       widest_unit(call.k_cache, call.dtype) == 16 && widest_unit(call.v_cache, call.dtype) == 16;
   const Attend attend = choose(params);
-  params.row_tiles = (params.rows() + attend.rows - 1) / attend.rows;
+  params.row_tiles = attend.row_tiles;
   params.tile_keys = attend.keys;
   // A split reads at least as much of 16-bit keys and values as its partial result is moved.
   params.min_tiles = std::max(2, 2 * attend.rows / attend.keys);
-  params.num_splits = static_cast<int32_t>(count_splits(params, num_processors("tree_attention")));
+  const int64_t resident = int64_t{attend.blocks_per_processor} * num_processors("tree_attention");
+  params.num_splits = static_cast<int32_t>(count_splits(params, resident));
   return params;
 }
 

@@ -119,6 +119,7 @@ void run_blocks(const LaunchShape& shape, const size_t* numbers, size_t num) {
       thread->linear = t;
       thread->warp = t / 32;
       thread->lane = t % 32;
+      thread->copy_group = 0;
       block.threads.push_back(thread);
       make_ready(thread);
     }
@@ -133,6 +134,7 @@ void run_blocks(const LaunchShape& shape, const size_t* numbers, size_t num) {
   }
   acquire(&end_tag);
   for (const auto& block : blocks) {
+    count_conflicts(*block);
     if (machine.error.empty() && block->alive > 0) machine.error = deadlock(*block);
     const std::string overrun = block->shared.overrun();
     if (machine.error.empty() && !overrun.empty())

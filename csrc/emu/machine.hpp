@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "banks.hpp"
 #include "cuda_types.hpp"
 #include "fiber.hpp"
 #include "shared_memory.hpp"
@@ -33,7 +34,9 @@ struct Counters {
   uint64_t launches, blocks, barriers, warp_operations, atomics;
   uint64_t loaded_bytes, stored_bytes;     // global memory, through load_global and store_global
   uint64_t copied_bytes;                   // global to shared memory, by cp.async
-  uint64_t matrix_loads, bank_conflicts;   // ldmatrix; its 8-row phases beyond the first
+  uint64_t matrix_loads;                   // ldmatrix
+  uint64_t shared_accesses;                // of a warp: cp.async, load_shared, store_shared
+  uint64_t bank_conflicts;                 // of all of these: turns beyond the least
   uint64_t matrix_products, matrix_flops;  // mma.sync; a product and a sum are two
   uint64_t dynamic_shared;                 // bytes, the most that a launch asked for
 };
@@ -81,7 +84,8 @@ struct Thread {
   unsigned mask = 0;
   const void* input = nullptr;
   void* output = nullptr;
-  std::vector<AsyncCopy> copies;  // cp.async under way
+  std::vector<SharedAccess> shared_accesses;  // since the last barrier
+  std::vector<AsyncCopy> copies;              // cp.async under way
   int copy_group = 0;
   void* copy_engine = nullptr;  // to ThreadSanitizer, the thread that copies
   char copy_tags[64] = {};      // stand for the end of a group's copies

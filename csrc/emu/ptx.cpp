@@ -1,6 +1,5 @@
 #include "ptx.hpp"
 
-#include <algorithm>
 #include <cstring>
 
 namespace specdec::emu {
@@ -19,17 +18,14 @@ void check_shared16(const char* name, const void* address, Location where) {
 
 using RowTable = const void* [32];
 
-// Lane i brings the address of row i % 8 of matrix i / 8; a phase reads the 8 rows of a matrix, and
-// rows whose addresses share a 16-byte column of the 128-byte bank line wait for one another.
+// Lane i brings the address of row i % 8 of matrix i / 8; the 8 rows of a matrix are read in a
+// turn.
 void exchange_rows(Thread* const* lanes, unsigned) {
   ++counters.matrix_loads;
   for (int matrix = 0; matrix < 4; ++matrix) {
-    int rows_in_column[8] = {};
-    for (int i = 0; i < 8; ++i) {
-      ++rows_in_column[reinterpret_cast<uintptr_t>(lanes[8 * matrix + i]->input) / 16 % 8];
-    }
-    counters.bank_conflicts +=
-        static_cast<uint64_t>(*std::max_element(rows_in_column, rows_in_column + 8) - 1);
+    std::vector<const void*> rows;
+    for (int i = 0; i < 8; ++i) rows.push_back(lanes[8 * matrix + i]->input);
+    counters.bank_conflicts += static_cast<uint64_t>(turns_beyond_first(rows, 16));
   }
   for (int i = 0; i < 32; ++i) {
     auto& table = *static_cast<RowTable*>(lanes[i]->output);
@@ -86,6 +82,17 @@ void count_access(const void* address, size_t bytes, uint64_t& counter, Location
   counter += bytes;
 }
 
+void note_access(const void* address, size_t bytes, Location where) {
+  Unchecked unchecked;
+  if (!is_aligned(address, bytes)) {
+    fail(where, "shared access: %p is not aligned to %zu bytes", address, bytes);
+  }
+  if (!machine.current->block->shared.contains(address, bytes)) {
+    fail(where, "shared access: %p is not in shared memory", address);
+  }
+  note_shared(address, bytes, where);
+}
+
 // As the compiler makes small fills and copies into stores that ThreadSanitizer does not see.
 void store16(void* target, uint64_t low, uint64_t high) {
   using Word [[gnu::may_alias]] = uint64_t;
@@ -111,6 +118,7 @@ void async_copy16(void* shared, const void* global, int bytes, Location where) {
     store16(shared, ~uint64_t{0}, ~uint64_t{0});
   }
   Unchecked unchecked;
+  note_shared(shared, 16, where);
   self->copies.push_back({shared, global, bytes, self->copy_group, where});
   counters.copied_bytes += static_cast<uint64_t>(bytes);
 }

@@ -9,6 +9,7 @@ namespace specdec {
 namespace emu {
 
 void count_access(const void* address, size_t bytes, uint64_t& counter, Location where);
+void note_access(const void* address, size_t bytes, Location where);
 void async_copy16(void* shared, const void* global, int bytes, Location where);
 void async_commit();
 void async_wait(int groups_under_way);
@@ -28,6 +29,19 @@ template <class T>
 void store_global(T* address, std::type_identity_t<T> value,
                   emu::Location where = emu::Location::current()) {
   emu::count_access(address, sizeof(T), emu::counters.stored_bytes, where);
+  *address = value;
+}
+
+template <class T>
+T load_shared(const T* address, emu::Location where = emu::Location::current()) {
+  emu::note_access(address, sizeof(T), where);
+  return *address;
+}
+
+template <class T>
+void store_shared(T* address, std::type_identity_t<T> value,
+                  emu::Location where = emu::Location::current()) {
+  emu::note_access(address, sizeof(T), where);
   *address = value;
 }
 
@@ -65,6 +79,8 @@ inline uint32_t cluster_size() { return emu::machine.cluster; }
 inline void cluster_sync(emu::Location where = emu::Location::current()) {
   emu::cluster_barrier(where);
 }
+
+inline int32_t anew(int32_t x) { return x; }
 
 inline float power_of_2(float x) { return std::exp2(x); }
 

@@ -26,6 +26,7 @@ void release_barrier(Block& block) {
     thread->votes = votes;
     make_ready(thread);
   }
+  count_conflicts(block);
   block.waiting = 0;
   ++block.barriers_passed;
   ++counters.barriers;

@@ -258,8 +258,10 @@ void run_tree_attention() {
   };
   for (const Case& c : {
            Case{DType::kBfloat16, 4, 2, 5, 64, 410, 0, 0, 2},     // a split of many tiles
-           Case{DType::kBfloat16, 1, 1, 66, 80, 330, 16, 90, 1},  // pages, row tiles
+           Case{DType::kBfloat16, 4, 2, 12, 64, 200, 0, 0, 4},    // a warp for each 16 rows
+           Case{DType::kBfloat16, 1, 1, 66, 80, 330, 16, 90, 1},  // for each 32; pages
            Case{DType::kFloat16, 2, 1, 3, 256, 200, 0, 0, 4},
+           Case{DType::kFloat16, 2, 1, 65, 256, 100, 0, 0, 1},  // two tiles of rows
            Case{DType::kFloat32, 4, 2, 5, 40, 170, 8, 0, 1},
            Case{DType::kFloat16, 2, 2, 4, 20, 80, 0, 30, 8},  // rows that are not aligned
        }) {
@@ -304,9 +306,6 @@ void run_tree_attention() {
     const size_t bytes = cuda::tree_attention_scratch_bytes(params);
     const auto scratch = std::make_unique<unsigned char[]>(bytes);
     cuda::tree_attention(params, scratch.get(), nullptr);
-  }
-  if (emu::counters.bank_conflicts > 0) {
-    throw emu::Error(std::to_string(emu::counters.bank_conflicts) + " bank conflicts");
   }
 }
 
@@ -372,6 +371,9 @@ int main(int argc, char** argv) {
   try {
     emu::set_order(argv[2]);
     run->second();
+    if (emu::counters.bank_conflicts > 0) {
+      throw emu::Error(std::to_string(emu::counters.bank_conflicts) + " bank conflicts");
+    }
   } catch (const emu::Error& error) {
     std::fprintf(stderr, "emulator: %s\n", error.what());
     return 3;

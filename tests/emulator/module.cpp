@@ -157,8 +157,9 @@ py::dict take_counters() {
                   "warp_operations"_a = c.warp_operations, "atomics"_a = c.atomics,
                   "loaded_bytes"_a = c.loaded_bytes, "stored_bytes"_a = c.stored_bytes,
                   "copied_bytes"_a = c.copied_bytes, "matrix_loads"_a = c.matrix_loads,
-                  "bank_conflicts"_a = c.bank_conflicts, "matrix_products"_a = c.matrix_products,
-                  "matrix_flops"_a = c.matrix_flops, "dynamic_shared"_a = c.dynamic_shared);
+                  "shared_accesses"_a = c.shared_accesses, "bank_conflicts"_a = c.bank_conflicts,
+                  "matrix_products"_a = c.matrix_products, "matrix_flops"_a = c.matrix_flops,
+                  "dynamic_shared"_a = c.dynamic_shared);
 }
 
 }  // namespace

@@ -204,6 +204,23 @@ __global__ void block_ended_before_a_cluster_barrier(Buffers b) {
   b.out[thread()] = 1;
 }
 
+// Columns of a matrix whose rows are 32 words, all in one bank, or 33.
+template <int kWords>
+__global__ void store_columns(Buffers b) {
+  SPECDEC_SHARED(int32_t, tile, [kWords * kThreads]);
+  store_shared(tile + kWords * thread(), b.in[thread()]);
+  const int32_t of_all = load_shared(tile);  // one word for all lanes: no conflict
+  b.out[thread()] = thread() == 0 ? of_all : tile[kWords * thread()];
+}
+
+__global__ void copy_columns(Buffers b) {
+  SPECDEC_SHARED(int32_t, tile, [32 * kThreads]);
+  cp_async16(tile + 32 * thread(), b.in + 4 * (thread() % 16));
+  cp_async_commit();
+  cp_async_wait<0>();
+  b.out[thread()] = tile[32 * thread()];
+}
+
 // Prints a sum of what came out, as the reader of a wrong result would see it.
 std::function<void()> run(const char* name, void (*kernel)(Buffers), unsigned blocks = 1,
                           size_t dynamic_shared = 0, unsigned cluster = 1) {
@@ -261,6 +278,9 @@ std::map<std::string, std::function<void()>> planted_faults() {
       {"missing_cluster_barrier", run("missing_cluster_barrier", cluster_exchange<false>, 4, 0, 2)},
       SPECDEC_PLANTED(divergent_cluster_barrier, 2, 0, 2),
       SPECDEC_PLANTED(block_ended_before_a_cluster_barrier, 2, 0, 2),
+      {"padded_columns", run("padded_columns", store_columns<33>)},
+      {"bank_conflicts_of_stores", run("bank_conflicts_of_stores", store_columns<32>)},
+      {"bank_conflicts_of_copies", run("bank_conflicts_of_copies", copy_columns)},
       {"too_much_shared_memory", run("too_much_shared_memory", with_barrier, 1, 49 << 10)},
   };
 #undef SPECDEC_PLANTED
