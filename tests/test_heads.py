@@ -294,7 +294,7 @@ def _repeat_id(config: dict, tensors: dict) -> None:
         ("medusa-rows", _cut("d2t"), r"medusa_lm_head.pt: d2t must be \[40\]"),
         ("speculator-some", _drop("speculator.d2t"), r"must have the tensor speculator.d2t \[40\]"),
         ("speculator-lent", _set("inner_dim", 24),
-         r"speculator.proj.0.weight must be \[24, 64\], found \[64, 64\]"),
+         r"must have the tensor speculator.emb.0.weight \[101, 24\]"),
         ("eagle-3", _repeat_id, r"d2t must map draft ids to distinct target ids in \[0, 101\)"),
     ],
 )  # fmt: skip

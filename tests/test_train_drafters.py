@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,18 @@ def test_training_computes_what_the_heads_compute_when_they_draft(
     assert float(spread) > 0.2
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_positions_too_early_to_be_that_deep_in_a_draft_are_not_learned(
+    name: str, view: HFTargetView, examples: features.Examples, tmp_path: Path
+) -> None:
+    system = _make(name, view, examples, tmp_path)
+    (batch,) = examples.epoch([1], 0)
+    every = replace(batch, is_answer=torch.ones_like(batch.is_answer))
+    later = replace(batch, is_answer=torch.arange(PROMPT + ANSWER)[None] >= DEPTHS + 1)
+    for some, fewer in zip(system.losses(every), system.losses(later), strict=True):
+        assert torch.equal(some.loss, fewer.loss)
+
+
 @pytest.mark.parametrize("name", ["eagle", "mlp-speculator"])
 def test_interrupted_training_resumes_to_the_same_weights(
     name: str,
@@ -245,6 +258,30 @@ def test_interrupted_training_resumes_to_the_same_weights(
         assert torch.equal(weight, system.parameters[key]), key
     with pytest.raises(ValueError, match=r"was begun with rate = 0.01, now it is 0.02"):
         train(system, examples, folder, Schedule(epochs=4, rate=2e-2))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_bfloat16_targets_train_under_autocast_to_about_the_same(
+    name: str, model: Any, texts: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for path in corpus.shards(texts):
+        (folder / path.name).write_bytes(path.read_bytes())
+    rounded = make_tiny_model(LAYERS).requires_grad_(False).bfloat16()
+    features.compute(rounded, folder)
+    curves, schedule = [], Schedule(epochs=8, rate=1e-2)
+    for number, (whose, where) in enumerate(((model, texts), (rounded, folder))):
+        examples = features.Examples(where)
+        seen = HFTargetView(HFTarget(whose, capacity=1))
+        system = _make(name, seen, examples, tmp_path / str(number))
+        facts = train(system, examples, tmp_path / str(number), schedule)
+        curves.append([loss for _, loss, *_ in facts["curve"]])
+        assert all(p.dtype == torch.float32 for p in system.parameters.values())
+    saved: Any = load_heads(tmp_path / "1")
+    assert {weight.dtype for weight in saved.weights.values()} == {torch.bfloat16}
+    assert curves[1] == pytest.approx(curves[0], rel=0.1)
+    assert curves[1][-1] < curves[1][0]
 
 
 def _accepted(model: Any, folder: Path, prompts: Sequence[Tensor]) -> int:
