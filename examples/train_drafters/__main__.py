@@ -86,7 +86,7 @@ def _add_command(
 
 
 _add_command("eagle", Eagle, vocab=8192, ahead=5)
-_add_command("mlp-speculator", Speculator, vocab=4096, ahead=4)
+_add_command("mlp-speculator", Speculator, vocab=3072, ahead=4)
 _add_command("medusa", Medusa, vocab=8192, ahead=4)
 
 
