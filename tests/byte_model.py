@@ -17,7 +17,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_byte_model(path: Path) -> None:
+def save_byte_model(path: Path, *, num_layers: int = 2, positions: int = POSITIONS) -> None:
     """A random model that soon repeats itself, with one token per byte."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {s: i for i, s in enumerate(["<pad>", "<user>", "<model>", *symbols])}
@@ -36,10 +36,10 @@ def save_byte_model(path: Path) -> None:
         vocab_size=len(vocab),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=positions,
         initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=None,

@@ -33,6 +33,16 @@ def _random(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, Ten
     return tensors
 
 
+def draft_ids(vocab: int, draft_vocab: int) -> Tensor:
+    """Target id of each draft id, sorted."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randperm(vocab, generator=generator)[:draft_vocab].sort().values
+
+
+def _offsets(ids: Tensor) -> Tensor:
+    return ids - torch.arange(len(ids))
+
+
 def write(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], file: str
 ) -> None:
@@ -98,14 +108,33 @@ def eagle_shapes(config: Mapping[str, Any], kind: int) -> dict[str, list[int]]:
 
 
 def save_medusa(
-    folder: Path, size: int, vocab: int, *, file: str = "medusa_lm_head.pt"
+    folder: Path,
+    size: int,
+    vocab: int,
+    *,
+    file: str = "medusa_lm_head.pt",
+    draft_vocab: int | None = None,
+    rows_of: PreTrainedModel | None = None,
 ) -> Reference:
-    """Three heads of two blocks; the config names two heads only, as a published one does."""
-    weights = _random(medusa_shapes(size, vocab, 3, 2))
+    """Three heads of two blocks; the config names two heads only, as a published one does. Their
+    last layers may cover a draft vocabulary, and be rows of a target's head.
+    """
+    ids = draft_ids(vocab, draft_vocab or vocab)
+    weights = _random(medusa_shapes(size, len(ids), 3, 2))
     prefix = "medusa_head." if file.endswith(".safetensors") else ""
     config = {"medusa_num_heads": 2, "medusa_num_layers": 2}
+    own = {name: weights.pop(name) for name in ("0.2.weight", "1.2.weight", "2.2.weight")}
+    if rows_of is None:
+        weights |= own
+    else:
+        config["draft_vocab_size"] = len(ids)
+        head = rows_of.get_output_embeddings().weight.detach()[ids]
+        own = dict.fromkeys(own, head)
+    if draft_vocab:
+        config["vocab_size"] = vocab
+        weights["d2t"] = _offsets(ids)
     write(folder, config, {prefix + name: w for name, w in weights.items()}, file)
-    w = {name: tensor.double() for name, tensor in weights.items()}
+    w = {name: tensor.double() for name, tensor in (weights | own).items()}
 
     def reference(features: Tensor, tokens: Sequence[int], drafted: Sequence[int]) -> Tensor:
         i, h = len(drafted), features[-1]
@@ -118,11 +147,23 @@ def save_medusa(
 
 
 def save_speculator(
-    folder: Path, size: int, vocab: int, *, inner: int = 24, tied: bool = False, scaled: bool = True
+    folder: Path,
+    size: int,
+    vocab: int,
+    *,
+    inner: int = 24,
+    tied: bool = False,
+    scaled: bool = True,
+    draft_vocab: int | None = None,
+    embeddings_of: PreTrainedModel | None = None,
 ) -> Reference:
-    """Four heads."""
+    """Four heads, which may cover a draft vocabulary; their embeddings may be a target's."""
     heads = 4
+    ids = draft_ids(vocab, draft_vocab or vocab)
     weights = _random(speculator_shapes(size, inner, vocab, heads))
+    if draft_vocab:
+        for i in range(heads):
+            weights[f"speculator.head.{i}.weight"] = weights[f"speculator.head.{i}.weight"][ids]
     if tied:
         for name in list(weights):
             _, kind, i, rest = name.split(".")
@@ -138,7 +179,15 @@ def save_speculator(
         "tie_weights": tied,
         "scale_input": scaled,
     }
-    write(folder, config, weights, "model.safetensors")
+    stored = dict(weights)
+    if draft_vocab:
+        config["draft_vocab_size"] = draft_vocab
+        stored["speculator.d2t"] = _offsets(ids)
+    if embeddings_of is not None:
+        for name in [name for name in stored if ".emb." in name]:
+            del stored[name]
+            weights[name] = embeddings_of.get_input_embeddings().weight.detach()
+    write(folder, config, stored, "model.safetensors")
     w = {name.removeprefix("speculator."): tensor.double() for name, tensor in weights.items()}
     alpha = 0.5 ** (0.5 / heads)
     beta = math.sqrt((1 - alpha**2) * inner / 2)
@@ -197,9 +246,15 @@ def save_eagle1(folder: Path, size: int, vocab: int, target: PreTrainedModel) ->
 
 
 def save_eagle3(
-    folder: Path, size: int, vocab: int, draft_vocab: int, *, llama3: bool = True
-) -> tuple[Reference, Tensor]:
-    """Its reference takes features [n, 3 * size]; also the target id of each draft id."""
+    folder: Path,
+    size: int,
+    vocab: int,
+    draft_vocab: int,
+    *,
+    llama3: bool = True,
+    rows_of: PreTrainedModel | None = None,
+) -> Reference:
+    """Its reference takes features [n, 3 * size]. Its head may be rows of a target's."""
     config = eagle_config(size, vocab, draft_vocab_size=draft_vocab)
     low, high, length, factor = 1.0, 4.0, 16, 8.0
     if llama3:
@@ -211,12 +266,14 @@ def save_eagle3(
             "original_max_position_embeddings": length,
         }
     weights = _random(eagle_shapes(config, 3))
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randperm(vocab, generator=generator)[:draft_vocab].sort().values
+    ids = draft_ids(vocab, draft_vocab)
     known = torch.zeros(vocab, dtype=torch.bool)
     known[ids] = True
-    tables = {"d2t": ids - torch.arange(draft_vocab), "t2d": known}
-    write(folder, config, {**weights, **tables}, "pytorch_model.bin")
+    stored = {**weights, "d2t": _offsets(ids), "t2d": known}
+    if rows_of is not None:
+        del stored["lm_head.weight"]
+        weights["lm_head.weight"] = rows_of.get_output_embeddings().weight.detach()[ids]
+    write(folder, config, stored, "pytorch_model.bin")
     w = {name.replace("midlayer.", ""): tensor.double() for name, tensor in weights.items()}
     theta = torch.tensor([10000.0 ** (-2 * i / 16) for i in range(8)]).double()
     if llama3:
@@ -245,7 +302,7 @@ def save_eagle3(
                 outputs.append(_decoder_layer(w, inputs, residuals, theta, config))
         return w["lm_head.weight"] @ norm(outputs[-1], w["norm.weight"])
 
-    return reference, ids
+    return reference
 
 
 def _decoder_layer(

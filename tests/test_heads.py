@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_tiny_model
 from head_checkpoints import (
+    draft_ids,
     save_eagle1,
     save_eagle3,
     save_medusa,
@@ -72,13 +73,20 @@ def saved(target: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
     def add(name: str, kind: type, layers: Sequence[int], save: Callable[..., Any], **more: Any):
         formula = save(root / name, SIZE, VOCAB, **more)
-        formula = formula[0] if isinstance(formula, tuple) else formula
         made[name] = (root / name, kind, formula, layers)
 
     add("medusa", MedusaHeads, (), save_medusa)
     add("medusa-safetensors", MedusaHeads, (), save_medusa, file="model.safetensors")
     add("speculator", MLPSpeculator, (), save_speculator)
     add("speculator-tied", MLPSpeculator, (), save_speculator, tied=True, scaled=False)
+    some = {"draft_vocab": DRAFT_VOCAB}
+    add("medusa-some", MedusaHeads, (), save_medusa, **some)
+    add("medusa-rows", MedusaHeads, (), save_medusa, rows_of=target, **some)
+    add("speculator-some", MLPSpeculator, (), save_speculator, tied=True, **some)
+    lent = {"embeddings_of": target, "inner": SIZE}
+    add("speculator-lent", MLPSpeculator, (), save_speculator, **lent)
+    rows = {"rows_of": target, **some}
+    add("eagle-3-rows", Eagle3Head, LAYERS_OF_EAGLE3, save_eagle3, **rows)
     add("eagle-1", Eagle1Head, (), save_eagle1, target=target)
     add("eagle-3", Eagle3Head, LAYERS_OF_EAGLE3, save_eagle3, draft_vocab=DRAFT_VOCAB)
     add("eagle-3-full", Eagle3Head, LAYERS_OF_EAGLE3, save_eagle3, draft_vocab=VOCAB, llama3=False)
@@ -87,7 +95,8 @@ def saved(target: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 NAMES = [
     "medusa", "medusa-safetensors", "speculator", "speculator-tied", "eagle-1", "eagle-3",
-    "eagle-3-full",
+    "eagle-3-full", "medusa-some", "medusa-rows", "speculator-some", "speculator-lent",
+    "eagle-3-rows",
 ]  # fmt: skip
 
 
@@ -182,8 +191,9 @@ def test_sampled_rows_depend_on_their_seed_alone(target, rows, saved, name: str)
     assert run([0, 1, 2], "top-k", None) == want[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def test_eagle_3_drafts_only_what_its_vocabulary_holds(target, rows, tmp_path) -> None:
-    _, ids = save_eagle3(tmp_path, SIZE, VOCAB, DRAFT_VOCAB)
+@pytest.mark.parametrize("name", ["eagle-3", "medusa-some", "medusa-rows", "speculator-some"])
+def test_heads_draft_only_what_their_vocabulary_holds(target, rows, saved, name: str) -> None:
+    ids = draft_ids(VOCAB, DRAFT_VOCAB)
     seen: set[int] = set()
 
     class Spy(ModelDrafter):
@@ -196,7 +206,7 @@ def test_eagle_3_drafts_only_what_its_vocabulary_holds(target, rows, tmp_path) -
             return proposal
 
     for tree in TREES.values():
-        drafter = Spy(load_heads(tmp_path), tree)
+        drafter = Spy(load_heads(saved[name][0]), tree)
         target.generate(
             **left_pad(rows), max_new_tokens=6, do_sample=True,
             custom_generate=SpeculativeDecoder(drafter, seed=0),
@@ -239,6 +249,10 @@ def _add(key: str) -> Callable[[dict, dict], None]:
     return lambda config, tensors: tensors.update({key: torch.zeros(64)})
 
 
+def _shift_id(config: dict, tensors: dict) -> None:
+    tensors["d2t"][0] = -1
+
+
 def _repeat_id(config: dict, tensors: dict) -> None:
     tensors["d2t"][1] = tensors["d2t"][0] - 1
 
@@ -275,6 +289,12 @@ def _repeat_id(config: dict, tensors: dict) -> None:
         ("eagle-1", _add("layers.0.input_layernorm.weight"),
          r"pytorch_model.bin: must have no tensor layers.0.input_layernorm.weight, found \[64\]"),
         ("eagle-3", _add("midlayer.mlp.up_proj.bias"), r"no tensor midlayer.mlp.up_proj.bias"),
+        ("medusa-some", _shift_id, r"d2t must map draft ids to .* found \[-1, "),
+        ("medusa-some", _drop("1.2.weight"), r"must have the tensor 1.2.weight \[40, 64\]"),
+        ("medusa-rows", _cut("d2t"), r"medusa_lm_head.pt: d2t must be \[40\]"),
+        ("speculator-some", _drop("speculator.d2t"), r"must have the tensor speculator.d2t \[40\]"),
+        ("speculator-lent", _set("inner_dim", 24),
+         r"must have the tensor speculator.emb.0.weight \[101, 24\]"),
         ("eagle-3", _repeat_id, r"d2t must map draft ids to distinct target ids in \[0, 101\)"),
     ],
 )  # fmt: skip

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,16 +16,16 @@ from ..tree import pad_rows
 from .base import DraftContext
 from .checkpoint import Checkpoint
 from .growth import Block, Growth, attend, chain
-from .medusa import check_sizes
 from .mlp_speculator import place
-from .network import DraftNetwork, FeatureQueue, Level, TargetView
+from .network import Level
 from .rope import Rotary
+from .trained import TrainedHeads
 
 _Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of new query, key and value [B, H or G, M, D]: [B, H, M, D]."""
 
 
-class EagleHead(DraftNetwork):
+class EagleHead(TrainedHeads):
     """A decoder layer whose entry i takes in token i + 1 and the feature of token i.
 
     The features of committed tokens are the target's, those along a draft the layer's own. Entries
@@ -43,14 +42,14 @@ class EagleHead(DraftNetwork):
     """
 
     def __init__(self, checkpoint: Checkpoint, layer: str, input_size: int) -> None:
-        self.folder = checkpoint.folder
         number, config = checkpoint.number, checkpoint.config
         if number("num_hidden_layers", 1) != 1:
             raise checkpoint.refuse("num_hidden_layers", config["num_hidden_layers"], "1")
         if config.get("hidden_act", "silu") != "silu":
             raise checkpoint.refuse("hidden_act", config["hidden_act"], "silu")
-        self.vocab_size, self.size = number("vocab_size"), number("hidden_size")
-        self.target_size = number("target_hidden_size", self.size)
+        self.size = number("hidden_size")
+        target_size = number("target_hidden_size", self.size)
+        super().__init__(checkpoint, target_size, number("vocab_size"))
         self.num_heads = heads = number("num_attention_heads")
         self.num_groups = groups = number("num_key_value_heads", heads)
         self.head_dim = dim = number("head_dim", max(1, self.size // heads))
@@ -67,23 +66,21 @@ class EagleHead(DraftNetwork):
             "mlp.up_proj.weight": [inner, size],
             "mlp.down_proj.weight": [size, inner],
         }
-        self.weights = {n: checkpoint.take(f"{layer}{n}", shape) for n, shape in shapes.items()}
+        self._layer = layer
+        for name, shape in shapes.items():
+            self.weights[layer + name] = checkpoint.take(layer + name, shape)
         for name in ("q_proj", "k_proj", "v_proj"):
-            self._take_optional(checkpoint, layer, f"self_attn.{name}.bias")
+            self._take_optional(checkpoint, f"{layer}self_attn.{name}.bias")
         if "embed_tokens.weight" in checkpoint:
             embeddings = checkpoint.take("embed_tokens.weight", [self.vocab_size, size])
             self.weights["embed_tokens.weight"] = embeddings
         elif size != self.target_size:
             checkpoint.take("embed_tokens.weight", [self.vocab_size, size])
 
-    def _take_optional(self, checkpoint: Checkpoint, layer: str, name: str) -> None:
+    def _take_optional(self, checkpoint: Checkpoint, name: str) -> None:
         rows = len(self.weights[name.replace("bias", "weight")])
-        if layer + name in checkpoint:
-            self.weights[name] = checkpoint.take(layer + name, [rows])
-
-    @abstractmethod
-    def watched(self, num_layers: int) -> Sequence[int]:
-        """The layers whose inputs are the target's features; none: what goes into its head."""
+        if name in checkpoint:
+            self.weights[name] = checkpoint.take(name, [rows])
 
     @abstractmethod
     def fuse(self, features: Tensor) -> Tensor:
@@ -103,42 +100,30 @@ class EagleHead(DraftNetwork):
         """Output [B, M, size] after tokens [B, M] and features [B, M, size] of the tokens before
         them, at positions [B, M].
         """
-        w = self.weights
+        w, name = self.weights, self._layer
         embeds = w["embed_tokens.weight"][tokens] if "embed_tokens.weight" in w else None
         residual, inputs = self.enter(
             self.target.embed(tokens) if embeds is None else embeds, features
         )
         q, k, v = (
-            linear(inputs, w[f"self_attn.{n}.weight"], w.get(f"self_attn.{n}.bias"))
+            linear(inputs, w[f"{name}self_attn.{n}.weight"], w.get(f"{name}self_attn.{n}.bias"))
             .unflatten(-1, (-1, self.head_dim))
             .transpose(1, 2)
             for n in ("q_proj", "k_proj", "v_proj")
         )
         out = attention(self._rotary(q, positions), self._rotary(k, positions), v)
-        hidden = residual + linear(out.transpose(1, 2).flatten(2), w["self_attn.o_proj.weight"])
-        inner = self.norm(hidden, "post_attention_layernorm.weight")
-        gate = silu(linear(inner, w["mlp.gate_proj.weight"]))
-        inner = gate * linear(inner, w["mlp.up_proj.weight"])
-        return hidden + linear(inner, w["mlp.down_proj.weight"])
+        out = out.transpose(1, 2).flatten(2)
+        hidden = residual + linear(out, w[f"{name}self_attn.o_proj.weight"])
+        inner = self.norm(hidden, f"{name}post_attention_layernorm.weight")
+        gate = silu(linear(inner, w[f"{name}mlp.gate_proj.weight"]))
+        inner = gate * linear(inner, w[f"{name}mlp.up_proj.weight"])
+        return hidden + linear(inner, w[f"{name}mlp.down_proj.weight"])
 
     def norm(self, values: Tensor, name: str) -> Tensor:
         """Root mean square norm with the weight of that name."""
         square = values.float().pow(2).mean(-1, keepdim=True)
         normed = values.float() * torch.rsqrt(square + self._epsilon)
         return self.weights[name] * normed.to(values.dtype)
-
-    @contextmanager
-    def attach(self, target: TargetView) -> Iterator[None]:
-        """See `DraftNetwork`."""
-        check_sizes(self.folder, target, self.target_size, self.vocab_size)
-        self.target = target
-        self.weights = {
-            name: tensor.to(target.device, target.dtype) for name, tensor in self.weights.items()
-        }
-        if self.offsets is not None:
-            self.offsets = self.offsets.to(target.device)
-        with target.watch(self.watched(target.num_layers)) as self._features:
-            yield
 
     def begin(self, batch: int, num_slots: int) -> None:
         """See `DraftNetwork`."""
@@ -219,8 +204,6 @@ class EagleHead(DraftNetwork):
         assert self._keys is not None
         return self._keys, self._values
 
-    target: TargetView
-    _features: FeatureQueue
     _values: Tensor
     _growth: Growth
 
@@ -248,10 +231,6 @@ class Eagle1Head(EagleHead):
             self.weights["fc.bias"] = checkpoint.take("fc.bias", [size])
         checkpoint.refuse_others("layers.", ignore=("0.self_attn.rotary_emb.",))
 
-    def watched(self, num_layers: int) -> Sequence[int]:
-        """See `EagleHead`."""
-        return ()
-
     def fuse(self, features: Tensor) -> Tensor:
         """See `EagleHead`."""
         return features
@@ -274,9 +253,10 @@ class Eagle3Head(EagleHead):
         a = layer(residual = g_i, attention over [norm E[x_{i+1}]; norm g_i]);  logits = H norm a
 
     Args:
-        checkpoint: tensors `fc.weight`, `midlayer.*`, `norm.weight`, `lm_head.weight`, and `d2t`
-            (draft id u is target id `u + d2t[u]`; without it the vocabularies agree),
-            `embed_tokens.weight` (optional: the target's).
+        checkpoint: tensors `fc.weight`, `midlayer.*`, `norm.weight`, `d2t` (draft id u is target id
+            `u + d2t[u]`; without it the vocabularies agree), `embed_tokens.weight` (optional: the
+            target's), `lm_head.weight` (published heads have it; here it may be left out: the
+            target's rows).
 
     Source: Li et al., "EAGLE-3", 2503.01840, section 3; the layers 2, L / 2 and L - 3 as published.
     """
@@ -293,26 +273,17 @@ class Eagle3Head(EagleHead):
             "midlayer.hidden_norm.weight": [size],
             "midlayer.input_layernorm.weight": [size],
             "norm.weight": [size],
-            "lm_head.weight": [draft_vocab, size],
         }
+        self.uses_target_rows = "lm_head.weight" not in checkpoint and size == self.target_size
+        if not self.uses_target_rows:
+            shapes["lm_head.weight"] = [draft_vocab, size]
         self.weights |= {name: checkpoint.take(name, shape) for name, shape in shapes.items()}
         checkpoint.refuse_others("midlayer.", ignore=("self_attn.rotary_emb.",))
-        if "d2t" in checkpoint or draft_vocab != self.vocab_size:
-            self.offsets = checkpoint.take("d2t", [draft_vocab]).long()
-            self._check_offsets(self.offsets)
-
-    def _check_offsets(self, offsets: Tensor) -> None:
-        ids = offsets + torch.arange(len(offsets))
-        low, high, num = int(ids.min()), int(ids.max()), len(ids.unique())
-        if num < len(ids) or low < 0 or high >= self.vocab_size:
-            raise ValueError(
-                f"{self.folder}: d2t must map draft ids to distinct target ids in "
-                f"[0, {self.vocab_size}), found [{low}, {high}] and {num} of {len(ids)} distinct"
-            )
+        self.take_draft_vocab(checkpoint, draft_vocab)
 
     def watched(self, num_layers: int) -> Sequence[int]:
-        """See `EagleHead`."""
-        return (2, num_layers // 2, num_layers - 3)
+        """See `TrainedHeads`."""
+        return eagle3_layers(num_layers)
 
     def fuse(self, features: Tensor) -> Tensor:
         """See `EagleHead`."""
@@ -326,4 +297,9 @@ class Eagle3Head(EagleHead):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `EagleHead`."""
-        return linear(self.norm(hidden, "norm.weight"), self.weights["lm_head.weight"])
+        return linear(self.norm(hidden, "norm.weight"), self.output_weight("lm_head.weight"))
+
+
+def eagle3_layers(num_layers: int) -> tuple[int, int, int]:
+    """The layers of a target whose inputs are EAGLE-3's features."""
+    return (2, num_layers // 2, num_layers - 3)

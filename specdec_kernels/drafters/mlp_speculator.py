@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,13 +13,13 @@ from ..shapes import PAD
 from ..tree import pad_rows
 from .base import DraftContext
 from .checkpoint import Checkpoint
-from .medusa import check_sizes, newest
-from .network import DraftNetwork, FeatureQueue, Level, TargetView
+from .network import Level
+from .trained import TrainedHeads, newest
 
 _EPSILON = 1e-6
 
 
-class MLPSpeculator(DraftNetwork):
+class MLPSpeculator(TrainedHeads):
     """A state runs along each path; head i takes token x_i in and guesses the one after it:
 
         s_{i+1} = GELU(LN_i(W_i s_i + (b / a) E_i[x_i])),  logits_i = H_i s_{i+1},
@@ -36,6 +34,10 @@ class MLPSpeculator(DraftNetwork):
             `ln.i.bias`, `head.i.weight`, bare or behind `speculator.`. Tied ones may be there
             once.
 
+    Beyond the published format, `head.i.weight` may cover a draft vocabulary (`d2t` as in
+    `Eagle3Head`, `draft_vocab_size` in the config), and all `emb.i.weight` may be left out: E_i are
+    then the target's embeddings, with d = `emb_dim`.
+
     Raises:
         ValueError: a missing tensor or one of a wrong shape, by file and key.
 
@@ -43,62 +45,70 @@ class MLPSpeculator(DraftNetwork):
         published heads.
     """
 
+    sees_newest = True
+
     def __init__(self, checkpoint: Checkpoint | str | Path) -> None:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint(checkpoint)
-        self.folder = checkpoint.folder
         checkpoint.strip(["speculator."])
         number = checkpoint.number
         self.max_depth = count = number("n_predict", 3)
-        self.vocab_size, self.hidden_size = number("vocab_size"), number("emb_dim")
-        inner = self.hidden_size
+        size = inner = number("emb_dim")
+        super().__init__(checkpoint, size, number("vocab_size"))
         if checkpoint.config.get("inner_dim"):  # 0 stands for emb_dim
             inner = number("inner_dim")
         self.scale_input = bool(checkpoint.config.get("scale_input", False))
-        is_tied = bool(checkpoint.config.get("tie_weights", False))
+        self._is_tied = bool(checkpoint.config.get("tie_weights", False))
+        draft_vocab = number("draft_vocab_size", self.vocab_size)
         shapes = {
             "emb.{}.weight": [self.vocab_size, inner],
             "proj.{}.weight": [inner, inner],
             "ln.{}.weight": [inner],
             "ln.{}.bias": [inner],
-            "head.{}.weight": [self.vocab_size, inner],
+            "head.{}.weight": [draft_vocab, inner],
         }
-        self._weights: list[dict[str, Tensor]] = []
+        self._has_embeddings = "emb.0.weight" in checkpoint or inner != size
+        if not self._has_embeddings:
+            del shapes["emb.{}.weight"]
         for i in range(count):
-            heads = {}
             for name, shape in shapes.items():
-                first = 1 if name.startswith("proj") else 0  # the first one has its own input size
-                stored = min(i, first) if is_tied else i
-                if name.startswith("proj") and i == 0:
-                    shape = [inner, self.hidden_size]
-                heads[name.replace(".{}", "")] = checkpoint.take(name.format(stored), shape)
-            self._weights.append(heads)
-        tied = tuple(name.split("{")[0] for name in shapes) if is_tied else ()
+                key = self._key(name, i)
+                into = [inner, size] if key == "proj.0.weight" else shape
+                self.weights[key] = checkpoint.take(key, into)
+        self.take_draft_vocab(checkpoint, draft_vocab)
+        tied = tuple(name.split("{")[0] for name in shapes) if self._is_tied else ()
         checkpoint.refuse_others(ignore=tied)
         state_weight = 0.5 ** (0.5 / count)
         self._emb_scale = math.sqrt((1 - state_weight**2) * inner / 2) / state_weight
 
+    def _key(self, name: str, i: int) -> str:
+        """Which tensor head i uses; the first projection has an input size of its own."""
+        first = 1 if name.startswith("proj") else 0
+        return name.format(min(i, first) if self._is_tied else i)
+
+    def _weight(self, name: str, i: int) -> Tensor:
+        return self.weights[self._key(name, i)]
+
+    def first_state(self, hidden: Tensor) -> Tensor:
+        """s_0 [..., F] from the target's hidden state [..., F]."""
+        return _norm(hidden) / math.sqrt(2) if self.scale_input else hidden
+
     def step(self, i: int, state: Tensor, tokens: Tensor) -> Tensor:
         """The state [..., d] after tokens [...] from the state [..., F or d] before them."""
-        w = self._weights[i]
-        state = linear(state, w["proj.weight"])
-        state = state + self._emb_scale * embedding(tokens, w["emb.weight"])
-        return gelu(_norm(state) * w["ln.weight"] + w["ln.bias"])
+        if self._has_embeddings:
+            embeds = embedding(tokens, self._weight("emb.{}.weight", i))
+        else:
+            embeds = self.target.embed(tokens)
+        state = linear(state, self._weight("proj.{}.weight", i)) + self._emb_scale * embeds
+        return gelu(_norm(state) * self._weight("ln.{}.weight", i) + self._weight("ln.{}.bias", i))
 
     def head(self, i: int, state: Tensor) -> Tensor:
-        """Logits [..., V] of head i."""
-        return linear(state, self._weights[i]["head.weight"])
+        """Logits [..., U] of head i."""
+        return linear(state, self.last_layer(i))
 
-    @contextmanager
-    def attach(self, target: TargetView) -> Iterator[None]:
-        """See `DraftNetwork`."""
-        check_sizes(self.folder, target, self.hidden_size, self.vocab_size)
-        self._weights = [
-            {name: tensor.to(target.device, target.dtype) for name, tensor in row.items()}
-            for row in self._weights
-        ]
-        with target.watch(only_last=True) as self._features:
-            yield
+    def last_layer(self, i: int) -> Tensor:
+        """[U, d] of head i."""
+        return self.output_weight(self._key("head.{}.weight", i))
 
     def begin(self, batch: int, num_slots: int) -> None:
         """See `DraftNetwork`."""
@@ -106,9 +116,7 @@ class MLPSpeculator(DraftNetwork):
 
     def start(self, context: DraftContext) -> Tensor:
         """See `DraftNetwork`."""
-        hidden = newest(self._features, self._hidden)
-        if self.scale_input:
-            hidden = _norm(hidden) / math.sqrt(2)
+        hidden = self.first_state(newest(self._features, self._hidden))
         roots = torch.tensor([s[-1] for s in context.sequences], device=hidden.device)
         # Column 0 is the root's state; node i of the network is column i + 1.
         self._states = self.step(0, hidden, roots)[:, None]
@@ -132,8 +140,6 @@ class MLPSpeculator(DraftNetwork):
         self._states = place(self._states, states, self._sizes)
         self._sizes = [size + len(row) for size, row in zip(self._sizes, level, strict=True)]
         return states
-
-    _features: FeatureQueue
 
 
 def place(kept: Tensor, new: Tensor, sizes: list[int]) -> Tensor:

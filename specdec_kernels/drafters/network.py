@@ -47,6 +47,13 @@ class TargetView(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """Its output head: hidden [..., hidden_size] behind the last norm -> [..., V]."""
 
+    def head_rows(self, tokens: Tensor) -> Tensor:
+        """The rows of its output head's weight for tokens [U]: [U, hidden_size].
+
+        Raises:
+            ValueError: a head that is more than one matrix.
+        """
+
     def watch(
         self, layers: Sequence[int] = (), *, only_last: bool = False
     ) -> AbstractContextManager[FeatureQueue]:

@@ -43,6 +43,13 @@ class HFTargetView:
         logits: Tensor = self._head(hidden)
         return logits
 
+    def head_rows(self, tokens: Tensor) -> Tensor:
+        """See `TargetView`."""
+        if not isinstance(self._head, nn.Linear) or getattr(self._head, "bias", None) is not None:
+            raise ValueError(f"{self.name}: its output head must be a linear layer without bias")
+        rows: Tensor = self._head.weight.detach()[tokens]
+        return rows
+
     @contextmanager
     def watch(self, layers: Sequence[int] = (), *, only_last: bool = False) -> Iterator[_Features]:
         """See `TargetView`.

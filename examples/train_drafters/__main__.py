@@ -1,0 +1,101 @@
+"""`python examples/train_drafters corpus`, then the drafter to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import corpus
+import features
+import torch
+import typer
+from checkpoints import write_card
+from eagle import Eagle
+from medusa import Medusa
+from mlp_speculator import Speculator
+from torch import Tensor
+from training import Schedule, System, train
+
+from specdec_kernels.hf.features import HFTargetView
+from specdec_kernels.hf.target import HFTarget
+from specdec_kernels.hf.text import TextModel, silence_transformers
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+Folder = Annotated[Path, typer.Option(help="Where the corpus and the trained weights go.")]
+Model = Annotated[str, typer.Option(help="The target: smollm2, a folder, or a HuggingFace id.")]
+Dtype = Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the target and of its features.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Times that each conversation is seen.")]
+Rate = Annotated[float, typer.Option(min=0.0, help="Largest learning rate.")]
+DraftVocab = Annotated[
+    int, typer.Option(min=1, help="Tokens that can be drafted: the most frequent ones.")
+]
+Depths = Annotated[int, typer.Option(min=1, help="Tokens ahead that are learned.")]
+Exclude = Annotated[
+    list[Path] | None,
+    typer.Option(exists=True, help="JSON lines with turns that must not be learned; repeatable."),
+]
+FOLDER = Path("results/drafters")
+CORPUS = "corpus"
+
+
+@app.callback()
+def about() -> None:
+    """Train drafters on what their target wrote. Every command goes on where it stopped."""
+
+
+@app.command(name="corpus")
+def write_corpus(
+    folder: Folder = FOLDER,
+    model: Model = "smollm2",
+    dtype: Dtype = "bf16",
+    tokens: Annotated[int, typer.Option(min=1, help="Least size of the corpus.")] = 1_000_000,
+) -> None:
+    """Let the target write conversations, and compute its features for them."""
+    target = _load(model, dtype)
+    corpus.Writer(target, folder / CORPUS).write(tokens)
+    features.compute(target.model, folder / CORPUS)
+
+
+def _add_command(
+    name: str, make: Callable[[HFTargetView, Tensor, Path, int], System], vocab: int, ahead: int
+) -> None:
+    def command(
+        folder: Folder = FOLDER,
+        model: Model = "smollm2",
+        dtype: Dtype = "bf16",
+        epochs: Epochs = 10,
+        rate: Rate = 1e-3,
+        draft_vocab: DraftVocab = vocab,
+        depths: Depths = ahead,
+        exclude: Exclude = None,
+    ) -> None:
+        target = _load(model, dtype)
+        view = HFTargetView(HFTarget(target.model.requires_grad_(False), capacity=1))
+        paths = exclude or []
+        examples = features.Examples(folder / CORPUS, corpus.read_texts(paths, target))
+        ids = examples.frequent_tokens(draft_vocab, view.vocab_size)
+        system = make(view, ids, folder / name, depths)
+        facts = train(system, examples, folder / name, Schedule(epochs, rate))
+        write_card(folder / name, name, model, paths, facts)
+        shares = ", ".join(f"{share:.1%}" for share in facts["held_out"]["hit_rate"])
+        typer.echo(f"{folder / name}: right first guesses by depth on held-out text: {shares}")
+
+    app.command(name, help=f"Train {name} on the corpus.")(command)
+
+
+_add_command("eagle", Eagle, vocab=8192, ahead=5)
+_add_command("mlp-speculator", Speculator, vocab=3072, ahead=4)
+_add_command("medusa", Medusa, vocab=8192, ahead=4)
+
+
+def _load(model: str, dtype: str) -> TextModel:
+    silence_transformers()
+    target = TextModel(model, dtype=dtype)
+    target.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return target
+
+
+if __name__ == "__main__":
+    app()

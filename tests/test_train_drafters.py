@@ -1,0 +1,313 @@
+"""The training example: same formulas as the drafters', resumable, and what it trains drafts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import corpus
+import features
+import pytest
+import torch
+import training
+from conftest import make_tiny_model
+from corpus import Conversation
+from distillation import cross_entropy, teacher_law
+from eagle import Eagle
+from medusa import Medusa
+from mlp_speculator import Speculator
+from prompts import greedy, left_pad, random_prompts
+from torch import Tensor
+from training import Schedule, System, train
+from transformers import GraniteConfig, GraniteForCausalLM
+
+from specdec_kernels import (
+    DraftContext,
+    ModelDrafter,
+    SpeculativeDecoder,
+    TopKTree,
+    load_heads,
+)
+from specdec_kernels.drafting import GREEDY
+from specdec_kernels.hf.features import HFTargetView
+from specdec_kernels.hf.target import HFTarget
+from specdec_kernels.shapes import PAD
+
+SYSTEMS = {"eagle": Eagle, "mlp-speculator": Speculator, "medusa": Medusa}
+VOCAB, DRAFT_VOCAB, DEPTHS, LAYERS = 101, 60, 3, 7
+PROMPT, ANSWER = 7, 24
+PROMPTS = random_prompts((PROMPT,) * 5, VOCAB, seed=5)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_tiny_model(LAYERS).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def view(model: Any) -> HFTargetView:
+    return HFTargetView(HFTarget(model, capacity=1))
+
+
+@pytest.fixture(scope="module")
+def texts(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus of the tiny model: greedy answers to five prompts, and their features."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [greedy(model, prompt, ANSWER) for prompt in PROMPTS]
+    conversations = [Conversation(row, PROMPT) for row in rows]
+    corpus.save_shard(conversations[:3], folder / "shard-00000.safetensors")
+    corpus.save_shard(conversations[3:], folder / "shard-00001.safetensors")
+    features.compute(model, folder)
+    return folder
+
+
+@pytest.fixture
+def examples(texts: Path) -> features.Examples:
+    return features.Examples(texts)
+
+
+def _make(name: str, view: HFTargetView, examples: features.Examples, folder: Path) -> System:
+    ids = examples.frequent_tokens(DRAFT_VOCAB, VOCAB)
+    return SYSTEMS[name](view, ids, folder, DEPTHS)
+
+
+def test_features_are_the_targets_hidden_states(
+    model: Any, examples: features.Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "TOKENS_PER_BATCH", 70)
+    seen = []
+    for batch in examples.epoch(range(len(examples.conversations)), 3):
+        for b, row in enumerate(batch.tokens.tolist()):
+            (i,) = [i for i, c in enumerate(examples.conversations) if c.tokens == row]
+            seen.append(i)
+            out = model(torch.tensor([row]), output_hidden_states=True)
+            states, logits = [s[0] for s in out.hidden_states], out.logits[0]
+            for k, layer in enumerate((2, LAYERS // 2, LAYERS - 3)):
+                inputs = batch.inputs[b, :, k]
+                torch.testing.assert_close(inputs, states[layer], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(batch.hidden[b], states[-1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(batch.logsumexp[b], logits.logsumexp(-1))
+            assert batch.best[b].tolist() == logits.argmax(-1).tolist()
+            assert batch.is_answer[b].tolist() == [i >= PROMPT for i in range(len(row))]
+    assert sorted(seen) == list(range(5))
+
+
+def test_targets_that_drafters_cannot_learn_from_are_refused(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "shard-00000.safetensors").write_bytes(
+        (texts / "shard-00000.safetensors").read_bytes()
+    )
+    with pytest.raises(ValueError, match="must have at least 3 layers"):
+        features.compute(make_tiny_model(2), tmp_path)
+    config = GraniteConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, logits_scaling=4.0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="scales or caps the logits"):
+        features.compute(GraniteForCausalLM(config).eval(), tmp_path)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_gradients_of_the_loss_are_autograd_s(
+    is_frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillation.ROWS", 4)
+    torch.manual_seed(0)
+    hidden, head, logits = torch.randn(11, 8), torch.randn(6, 8), torch.randn(11, 9)
+    law = logits.softmax(-1)[:, :6]  # of the 9 tokens, 6 can be drafted
+    best = torch.where(law.argmax(-1) > 0, law.argmax(-1), PAD)
+    grads = []
+    for compute in (cross_entropy, None):
+        x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_(not is_frozen)
+        if compute is not None:
+            loss, hit_rate = compute(x, w, law, best)
+            assert float(hit_rate) == pytest.approx(
+                float(((hidden @ head.T).argmax(-1) == best).float().mean())
+            )
+        else:
+            loss = -(law * (x @ w.T).log_softmax(-1)).sum(-1).mean()
+        (3 * loss).backward()
+        grads.append((loss.detach(), x.grad, w.grad))
+    for own, want in zip(*grads, strict=True):
+        torch.testing.assert_close(own, want)
+
+
+def test_the_teacher_s_law_is_the_target_s(model: Any, examples: features.Examples) -> None:
+    ids = examples.frequent_tokens(DRAFT_VOCAB, VOCAB)
+    (batch,) = examples.epoch([2], 0)
+    law = teacher_law(batch.hidden[0], batch.logsumexp[0], model.lm_head.weight[ids])
+    want = model(batch.tokens).logits[0].softmax(-1)[:, ids]
+    torch.testing.assert_close(law, want, atol=1e-5, rtol=1e-3)
+
+
+class _Given:
+    """A `FeatureQueue` of features that are known beforehand."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows, self.known, self.taken = rows, 0, 0
+
+    def take(self) -> list[Tensor]:
+        rows = self.rows[self.taken : self.known]
+        self.taken = self.known
+        return [rows]
+
+
+class _Watched(HFTargetView):
+    """Gives features of the corpus."""
+
+    def __init__(self, model: Any, batch: features.Batch) -> None:
+        super().__init__(HFTarget(model, capacity=1))
+        self._batch = batch
+
+    @contextmanager
+    def watch(self, layers: Sequence[int] = (), **_: object) -> Iterator[Any]:
+        rows = self._batch.inputs[0].flatten(1) if layers else self._batch.hidden[0]
+        self.queue = _Given(rows)
+        yield self.queue
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_training_computes_what_the_heads_compute_when_they_draft(
+    name: str, model: Any, view: HFTargetView, examples: features.Examples, tmp_path: Path
+) -> None:
+    system = _make(name, view, examples, tmp_path)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in system.parameters.values():
+            parameter += 0.2 * torch.randn_like(parameter)
+    system.save(tmp_path / "saved")
+    (batch,) = examples.epoch([1], 0)
+    tokens = batch.tokens[0].tolist()
+    with torch.no_grad():
+        trained = [(out @ head.T)[0] for out, head in system.outputs(batch)]
+    network, watched = load_heads(tmp_path / "saved"), _Watched(model, batch)
+    num_checked = 0
+    with torch.no_grad(), network.attach(watched):
+        network.begin(1, DEPTHS)
+        for root in (4, 5, 8, 9, 20):  # its number among the tokens
+            watched.queue.known = root
+            context = DraftContext(
+                [tokens[: root + 1]], [True], [60], torch.device("cpu"), VOCAB,
+                GREEDY,
+            )  # fmt: skip
+            logits = [network.start(context)[0]]
+            for depth in range(1, DEPTHS):
+                logits.append(network.extend([[(tokens[root + depth], depth - 2)]])[0, 0])
+            for depth, own in enumerate(logits):
+                want = trained[depth][root - 1 + depth]
+                torch.testing.assert_close(own, want, atol=2e-3, rtol=1e-4)
+                num_checked += 1
+    assert num_checked == 5 * DEPTHS
+    spread = torch.stack([rows[6:] for rows in trained]).std()
+    assert float(spread) > 0.2
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_positions_too_early_to_be_that_deep_in_a_draft_are_not_learned(
+    name: str, view: HFTargetView, examples: features.Examples, tmp_path: Path
+) -> None:
+    system = _make(name, view, examples, tmp_path)
+    (batch,) = examples.epoch([1], 0)
+    every = replace(batch, is_answer=torch.ones_like(batch.is_answer))
+    later = replace(batch, is_answer=torch.arange(PROMPT + ANSWER)[None] >= DEPTHS + 1)
+    for some, fewer in zip(system.losses(every), system.losses(later), strict=True):
+        assert torch.equal(some.loss, fewer.loss)
+
+
+@pytest.mark.parametrize("name", ["eagle", "mlp-speculator"])
+def test_interrupted_training_resumes_to_the_same_weights(
+    name: str,
+    view: HFTargetView,
+    examples: features.Examples,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(features, "TOKENS_PER_BATCH", 70)  # two steps an epoch
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
+    schedule = Schedule(epochs=4, rate=1e-2)
+    whole = _make(name, view, examples, tmp_path / "whole")
+    facts = train(whole, examples, tmp_path / "whole", schedule)
+    assert facts["steps"] == 8
+
+    class Interrupted(Exception):
+        pass
+
+    folder = tmp_path / "parts"
+    for stop in (3, 4):  # in the middle of an epoch, and of a later one
+        system = _make(name, view, examples, folder)
+        losses, count = system.losses, 0
+
+        def interrupted(batch: features.Batch, losses: Any = losses, stop: int = stop) -> Any:
+            nonlocal count
+            count += 1
+            if count > stop:
+                raise Interrupted
+            return losses(batch)
+
+        monkeypatch.setattr(system, "losses", interrupted)
+        with pytest.raises(Interrupted):
+            train(system, examples, folder, schedule)
+    system = _make(name, view, examples, folder)
+    resumed = train(system, examples, folder, schedule)
+    assert resumed["curve"] == facts["curve"]
+    assert resumed["held_out"] == facts["held_out"]
+    for key, weight in whole.parameters.items():
+        assert torch.equal(weight, system.parameters[key]), key
+    with pytest.raises(ValueError, match=r"was begun with rate = 0.01, now it is 0.02"):
+        train(system, examples, folder, Schedule(epochs=4, rate=2e-2))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_bfloat16_targets_train_under_autocast_to_about_the_same(
+    name: str, model: Any, texts: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for path in corpus.shards(texts):
+        (folder / path.name).write_bytes(path.read_bytes())
+    rounded = make_tiny_model(LAYERS).requires_grad_(False).bfloat16()
+    features.compute(rounded, folder)
+    curves, schedule = [], Schedule(epochs=8, rate=1e-2)
+    for number, (whose, where) in enumerate(((model, texts), (rounded, folder))):
+        examples = features.Examples(where)
+        seen = HFTargetView(HFTarget(whose, capacity=1))
+        system = _make(name, seen, examples, tmp_path / str(number))
+        facts = train(system, examples, tmp_path / str(number), schedule)
+        curves.append([loss for _, loss, *_ in facts["curve"]])
+        assert all(p.dtype == torch.float32 for p in system.parameters.values())
+    saved: Any = load_heads(tmp_path / "1")
+    assert {weight.dtype for weight in saved.weights.values()} == {torch.bfloat16}
+    assert curves[1] == pytest.approx(curves[0], rel=0.1)
+    assert curves[1][-1] < curves[1][0]
+
+
+def _accepted(model: Any, folder: Path, prompts: Sequence[Tensor]) -> int:
+    """Accepted draft tokens, after a check that the text is what the model alone writes."""
+    decoder = SpeculativeDecoder(ModelDrafter(load_heads(folder), TopKTree(8, depth=DEPTHS)))
+    inputs = left_pad(list(prompts))
+    output = model.generate(
+        **inputs, max_new_tokens=ANSWER, do_sample=False, custom_generate=decoder
+    )
+    assert output.tolist() == [greedy(model, prompt, ANSWER) for prompt in prompts]
+    assert decoder.stats is not None and not decoder.stats.num_failures
+    return sum(decoder.stats.num_accepted)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_training_makes_drafts_better_and_leaves_the_text_alone(
+    name: str, model: Any, view: HFTargetView, examples: features.Examples, tmp_path: Path, report
+) -> None:
+    system = _make(name, view, examples, tmp_path)
+    facts = train(system, examples, tmp_path, Schedule(epochs=60, rate=1e-2))
+    losses = [loss for _, loss, *_ in facts["curve"]]
+    assert losses[-1] < 0.6 * losses[0]
+    assert json.loads((tmp_path / "training.json").read_text()) == facts
+    assert facts["parameters"] == sum(p.numel() for p in system.parameters.values())
+    assert len(facts["held_out"]["loss"]) == len(facts["held_out"]["hit_rate"]) == DEPTHS
+    learned = [PROMPTS[i] for i in examples.learned]
+    before, after = (_accepted(model, path, learned) for path in (tmp_path / "initial", tmp_path))
+    assert after > 2 * before + 20
+    report(f"{name}: {before} drafts accepted before training, {after} after")
