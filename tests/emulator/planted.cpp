@@ -209,6 +209,7 @@ template <int kWords>
 __global__ void store_columns(Buffers b) {
   SPECDEC_SHARED(int32_t, tile, [kWords * kThreads]);
   store_shared(tile + kWords * thread(), b.in[thread()]);
+  __syncthreads();
   const int32_t of_all = load_shared(tile);  // one word for all lanes: no conflict
   b.out[thread()] = thread() == 0 ? of_all : tile[kWords * thread()];
 }
