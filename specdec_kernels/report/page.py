@@ -130,10 +130,11 @@ def _sections(records: Records) -> Iterator[tuple[str, str]]:
 
 def _speed_note(record: dict[str, Any]) -> str:
     settings, total = record["machine"]["settings"], record["summary"]["specdec"]["all"]
-    law = f"temperature {settings['temperature']}" if settings["temperature"] else "greedy"
+    temperature, batch = settings.get("temperature"), settings.get("batch", 1)
+    law = f"temperature {temperature}" if temperature else "greedy"
     note = (
         f"{settings['model']}, {settings['dtype']}, {law}, {settings['max_new_tokens']} new "
-        f"tokens, batch {settings['batch']}, {len(record['prompts'])} prompts, drafter "
+        f"tokens, batch {batch}, {len(record['prompts'])} prompts, drafter "
         f"{settings['drafter']}, trees of at most {settings['max_nodes']} nodes: "
         f"{total['tok_s']:.1f} tokens per second, {total['mean_tokens_per_step']:.2f} tokens per "
         "step."
