@@ -28,7 +28,8 @@ from transformers import (
 
 from specdec_kernels.registry import INTERPRETS_TRITON
 
-torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))  # more than cores would spin
+_CORES = len(os.sched_getaffinity(0))
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 if INTERPRETS_TRITON and importlib.util.find_spec("triton") is not None:
     import triton_checks
@@ -36,6 +37,17 @@ if INTERPRETS_TRITON and importlib.util.find_spec("triton") is not None:
     triton_checks.install()
 
 cuda_emulated.install()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Two threads, since kernels deal their work to them, where there are as many cores: more would
+    spin. The bundled model has hundreds of parallel regions a step, and workers that share cores
+    would wait for each other in each of them.
+    """
+    threads = 2
+    if "smollm2" in getattr(item, "fixturenames", ()):
+        threads = max(1, min(2, _CORES // _WORKERS))
+    torch.set_num_threads(min(threads, _CORES))
 
 
 def make_tiny_model(num_layers: int = 3, **options: object) -> PreTrainedModel:

@@ -55,7 +55,7 @@ def _packed(layers: nn.ModuleDict) -> set[str]:
     return {name for name, layer in layers.items() if "forward" in layer.__dict__}
 
 
-@pytest.mark.parametrize("rows", [(0, 96), (1, 96), (2, 17, 96)])
+@pytest.mark.parametrize("rows", [(96,), (0, 96), (1, 96), (2, 17, 96)])
 @pytest.mark.parametrize("name", ["plain", "biased"])
 def test_products_are_those_of_the_layer(layers, name: str, rows: tuple[int, ...]) -> None:
     x = torch.randn(rows, generator=torch.Generator().manual_seed(1)).bfloat16()

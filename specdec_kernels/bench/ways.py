@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import CompileConfig
-
 from ..budget import Budget
 from ..drafters import Drafter
+from ..hf.baseline import compiled_static_cache
 from ..hf.generate import SpeculativeDecoder
 
 BASELINE = "generate"
@@ -73,7 +72,7 @@ def ways(
     options: dict[str, dict[str, Any]] = {
         BASELINE: {},
         "prompt_lookup": {"prompt_lookup_num_tokens": _HF_LOOKUP_TOKENS},
-        "static": {"cache_implementation": "static", "compile_config": _for_any_device(decoding)},
+        "static": compiled_static_cache(decoding.compile),
         "plain": {"custom_generate": SpeculativeDecoder(None, **own)},
         "specdec": {"custom_generate": SpeculativeDecoder(drafter, budget=budget, **own)},
     }
@@ -82,12 +81,3 @@ def ways(
         law = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
         law["top_k"] = 0  # transformers' default would keep fifty tokens
     return {mode: {**law, **options[mode]} for mode in modes}
-
-
-def _for_any_device(decoding: Decoding) -> CompileConfig:
-    """transformers compiles the static cache's steps by itself on accelerators only."""
-    config = CompileConfig()
-    if isinstance(decoding.compile, str):
-        config.backend = decoding.compile
-    config._compile_all_devices = True  # type: ignore[assignment]
-    return config

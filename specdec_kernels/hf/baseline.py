@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import (
+    CompileConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -66,3 +67,17 @@ def speculative_sampling(tokens: Tensor, draft_logits: Tensor, logits: Tensor) -
         Accepted tokens and the next one, and how many were accepted.
     """
     return _speculative_sampling(tokens, draft_logits, tokens.shape[1], logits)
+
+
+def compiled_static_cache(backend: bool | str) -> dict[str, Any]:
+    """Arguments of `generate` for a static cache whose steps are compiled on any device; by itself
+    transformers does so on accelerators only.
+
+    Args:
+        backend: of `torch.compile`; a bool is the default one.
+    """
+    config = CompileConfig()
+    if isinstance(backend, str):
+        config.backend = backend
+    config._compile_all_devices = True  # type: ignore[assignment]
+    return {"cache_implementation": "static", "compile_config": config}

@@ -125,8 +125,9 @@ def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     multiply = layout.multiply
 
     def forward(input: Tensor) -> Tensor:
-        fits = input.dtype == dtype and input.shape[-1] == width and input.numel() > 0
-        if not fits or torch.is_grad_enabled():  # the product itself checks nothing
+        fits = input.dtype == dtype and input.dim() > 1 and input.shape[-1] == width
+        # The product itself checks nothing.
+        if not fits or input.numel() == 0 or torch.is_grad_enabled():
             return nn.functional.linear(input, linear.weight, bias)
         return multiply(input, weight, bias, num_outputs)
 
