@@ -8,11 +8,24 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from .cli_bench import bench_app
+from .cli_options import (
+    DrafterName,
+    Dtype,
+    HasBudget,
+    MaxNewTokens,
+    MaxNodes,
+    Model,
+    Temperature,
+    Threads,
+    TopP,
+    load_subject,
+)
 from .drafter_options import (
     Depth,
     DrafterOptions,
@@ -24,40 +37,14 @@ from .drafter_options import (
     Tree,
     Width,
 )
-from .output import check_out, progress_bar, publish, status
-
-if TYPE_CHECKING:
-    from .hf.text import TextModel
+from .output import check_out, progress_bar, status
 
 app = typer.Typer(
     help="Speculative decoding with fused kernels: generate text, measure, show what runs here.",
     add_completion=False,
     no_args_is_help=True,
 )
-bench_app = typer.Typer(help="Measure operators or whole generations.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-
-Model = Annotated[str, typer.Option(help='"smollm2", a folder, or an id on the HuggingFace hub.')]
-Dtype = Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Type of the weights.")]
-DrafterName = Annotated[
-    str,
-    typer.Option(
-        "--drafter",
-        help="Who drafts: auto, suffix, token_recycling, prompt_lookup, draft, early-exit, heads; "
-        '"none" decodes plainly.',
-    ),
-]
-MaxNodes = Annotated[
-    int | None, typer.Option(min=1, help="Most nodes of a draft tree, root included.")
-]
-HasBudget = Annotated[
-    bool, typer.Option("--budget/--no-budget", help="Size trees by cost, or fill them all.")
-]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
-JsonOut = Annotated[
-    Path | None, typer.Option("--json", help='Write the record to this file, "-" for stdout.')
-]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,9 +117,9 @@ def generate(
     draft_temperature: DraftTemperature = None,
     budget: HasBudget = True,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: Temperature = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus; 1 is off.")] = 1.0,
+    top_p: TopP = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of sampled text.")] = 0,
     dtype: Dtype = "bf16",
     threads: Threads = None,
@@ -158,7 +145,7 @@ def generate(
         draft_temperature,
     )
     options.check()
-    subject = _load(model, dtype, threads)
+    subject = load_subject(model, dtype, threads)
     ids = subject.encode(text, is_chat=prompt is None, max_new_tokens=max_new_tokens)
 
     from .display import StreamingDisplay
@@ -206,7 +193,7 @@ def tune(
 ) -> None:
     """Measure what a forward pass over n tokens costs here; draft trees are then sized by it."""
     check_out(output)
-    subject = _load(model, dtype, threads)
+    subject = load_subject(model, dtype, threads)
 
     from .budget import save_cost
     from .hf.cost import cost_key, measure_cost
@@ -217,198 +204,6 @@ def tune(
     path = save_cost(cost_key(subject.model), curve, output)
     Console(highlight=False).print(cost_table(curve.nodes, curve.seconds))
     typer.echo(f"written to {path}", err=True)
-
-
-@bench_app.command()
-def e2e(
-    model: Model = "smollm2",
-    prompts: Annotated[
-        Path | None, typer.Option(help="Spec-Bench JSON lines; the package's own if not given.")
-    ] = None,
-    categories: Annotated[
-        list[str] | None, typer.Option("--category", help="Only this category; repeatable.")
-    ] = None,
-    limit_per_category: Annotated[
-        int | None, typer.Option(min=1, help="At most this many prompts of each, evenly spread.")
-    ] = None,
-    modes: Annotated[
-        str,
-        typer.Option(
-            help="Comma-separated; also plain, this package without drafter, and static, generate "
-            "with a compiled static cache."
-        ),
-    ] = "generate,prompt_lookup,specdec",
-    drafter_name: DrafterName = "auto",
-    max_nodes: MaxNodes = None,
-    draft_model: DraftModelName = None,
-    exit_layer: ExitLayer = None,
-    heads: HeadsFolder = None,
-    tree: Tree = "top-k",
-    depth: Depth = None,
-    width: Width = None,
-    siblings: Siblings = "distinct",
-    draft_temperature: DraftTemperature = None,
-    budget: HasBudget = True,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts of one call.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of sampling.")] = 1.0,
-    compile_steps: Annotated[
-        bool, typer.Option("--compile", help="Run this package's steps under torch.compile.")
-    ] = False,
-    max_new_tokens: MaxNewTokens = 128,
-    dtype: Dtype = "bf16",
-    threads: Threads = None,
-    out: JsonOut = None,
-) -> None:
-    """Time generation prompt by prompt: plain, HuggingFace's prompt lookup, and specdec."""
-    check_out(out)
-    options = DrafterOptions(
-        drafter_name,
-        max_nodes,
-        draft_model,
-        exit_layer,
-        heads,
-        tree,
-        depth,
-        width,
-        siblings,
-        draft_temperature,
-    )
-    options.check()
-
-    from .bench.e2e import read_prompts, run_e2e, select_prompts
-    from .bench.ways import Decoding, check_modes
-    from .tables import e2e_table
-
-    chosen_modes = list(dict.fromkeys(modes.split(",")))
-    check_modes(chosen_modes)
-    decoding = Decoding(batch, temperature, top_p, compile_steps)
-    decoding.check(chosen_modes)
-    chosen = select_prompts(
-        read_prompts(prompts), categories=categories or (), limit=limit_per_category
-    )
-    subject = _load(model, dtype, threads)
-    drafter = options.make(subject)
-    with progress_bar("measuring", len(chosen) * len(chosen_modes)) as step:
-        record = run_e2e(
-            subject,
-            chosen,
-            modes=chosen_modes,
-            drafter=drafter,
-            budget=None if budget else False,
-            decoding=decoding,
-            max_new_tokens=max_new_tokens,
-            progress=lambda prompt, mode: step(f"{prompt.category} {prompt.question_id} {mode}"),
-        )
-    publish(record, out, e2e_table(record))
-
-
-@bench_app.command()
-def gpu(
-    names: Annotated[
-        list[str] | None, typer.Option("--op", help="Only this operator; repeatable.")
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, short repeats.")] = False,
-    out: JsonOut = None,
-) -> int:
-    """Check and time the CUDA and Triton kernels on the GPU here, beside its roofline and others.
-
-    Fails if a result was wrong.
-    """
-    check_out(out)
-
-    from .bench.gpu import gpu_cases, run_gpu
-    from .tables import gpu_table
-
-    with progress_bar("measuring", len(list(gpu_cases(names, quick)))) as step:
-        record = run_gpu(names, quick=quick, progress=step)
-    publish(record, out, gpu_table(record))
-    return 1 if record["failures"] else 0
-
-
-@bench_app.command()
-def ops(
-    names: Annotated[
-        list[str] | None, typer.Option("--op", help="Only this operator; repeatable.")
-    ] = None,
-    backend: Annotated[str | None, typer.Option(help="Instead of the automatic choice.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, short repeats.")] = False,
-    out: JsonOut = None,
-) -> None:
-    """Time each operator beside what a HuggingFace user runs instead, and the machine's limit."""
-    check_out(out)
-
-    from .bench.cases import CASES
-    from .bench.ops import run_ops
-    from .tables import ops_table
-
-    cases = [c for c in CASES if (not names or c.op in names) and (c.is_quick or not quick)]
-    with progress_bar("measuring", sum(len(case.baselines) for case in cases)) as step:
-        record = run_ops(
-            names,
-            backend=backend,
-            quick=quick,
-            progress=lambda row: step(f"{row['op']} {row['case']}"),
-        )
-    publish(record, out, ops_table(record["rows"]))
-
-
-@bench_app.command()
-def overhead(
-    model: Model = "smollm2",
-    drafter_name: DrafterName = "auto",
-    texts: Annotated[int, typer.Option(min=2, help="Random texts.")] = 12,
-    max_new_tokens: MaxNewTokens = 128,
-    dtype: Dtype = "bf16",
-    threads: Threads = None,
-    out: JsonOut = None,
-) -> None:
-    """Time what speculation costs on random tokens, which no drafter can predict."""
-    check_out(out)
-    options = DrafterOptions(drafter_name)
-    options.check()
-
-    from .bench.overhead import run_overhead
-    from .tables import overhead_table
-
-    subject = _load(model, dtype, threads)
-    with progress_bar("measuring", 3 * texts) as step:
-        record = run_overhead(
-            subject,
-            num_texts=texts,
-            drafter=options.make(subject),
-            max_new_tokens=max_new_tokens,
-            progress=step,
-        )
-    publish(record, out, overhead_table(record["rows"]))
-
-
-@bench_app.command()
-def rules(
-    model: Model = "smollm2",
-    prompts: Annotated[
-        Path | None, typer.Option(help="Spec-Bench JSON lines; the package's own if not given.")
-    ] = None,
-    limit_per_category: Annotated[
-        int | None, typer.Option(min=1, help="At most this many prompts of each, evenly spread.")
-    ] = None,
-    contexts: Annotated[int, typer.Option(min=2, help="Contexts, 50 after each prompt.")] = 600,
-    dtype: Dtype = "bf16",
-    threads: Threads = None,
-    out: JsonOut = None,
-) -> None:
-    """Count the draft tokens that each acceptance rule keeps, on the same contexts of a model."""
-    check_out(out)
-
-    from .bench.e2e import read_prompts, select_prompts
-    from .bench.rules import run_rules
-    from .tables import rules_table
-
-    chosen = select_prompts(read_prompts(prompts), categories=(), limit=limit_per_category)
-    subject = _load(model, dtype, threads)
-    with progress_bar("measuring", contexts) as step:
-        record = run_rules(subject, chosen, num_contexts=contexts, progress=step)
-    publish(record, out, rules_table(record["rows"]))
 
 
 @app.command()
@@ -441,15 +236,3 @@ def _root(
 def _fail(message: str, code: int) -> int:
     typer.echo(f"specdec: {' '.join(message.split())}", err=True)
     return code
-
-
-def _load(model: str, dtype: str, threads: int | None) -> TextModel:
-    with status(f"loading {model}"):
-        import torch
-
-        from .hf.text import TextModel, silence_transformers
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        silence_transformers()
-        return TextModel(model, dtype=dtype)
