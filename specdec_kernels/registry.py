@@ -226,8 +226,8 @@ def built_with_cuda() -> bool:
 
 
 def cpu_capability() -> str:
-    """The instruction set that the native CPU kernels chose: "avx512", "avx2" or "default";
-    "none" if not built.
+    """The instruction set that the native CPU kernels chose: "avx512_bf16", "avx512", "avx2" or
+    "default"; "none" if not built.
     """
     return str(_native_op("cpu_capability")()) if NATIVE_LIBRARY.exists() else "none"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from specdec_kernels.bench import ops
+from specdec_kernels.bench import machine, ops
 from specdec_kernels.bench.cases import CASES, BenchCase
 from specdec_kernels.bench.e2e import read_prompts
 from specdec_kernels.bench.ops import check_case, run_ops
@@ -52,9 +52,22 @@ def test_rows_hold_the_times_and_the_machine() -> None:
     for row in seen:
         assert row.keys() == FIELDS and row["backend"] == "reference"
         assert row["us"] > 0 and row["ratio"] == pytest.approx(row["baseline_us"] / row["us"], 0.2)
-    machine = result["machine"]
-    assert machine["versions"]["torch"] == torch.__version__
-    assert machine["bandwidth_gbs"] > 0 and machine["bf16_gflops"] > 0
+    described = result["machine"]
+    assert described["versions"]["torch"] == torch.__version__
+    assert described["bandwidth_gbs"] > 0 and described["bf16_gflops"] > 0
+
+
+@pytest.mark.parametrize("faster", [torch.bfloat16, torch.float32])
+def test_the_matrix_rate_is_that_of_the_faster_type(
+    faster: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPUs without bfloat16 products emulate them."""
+
+    def seconds(product: Any, device: str) -> float:
+        return 0.5 if product.args[0].dtype == faster else 2.0
+
+    monkeypatch.setattr(machine, "_fastest", seconds)
+    assert machine._matrix_rate("cpu") == 2 * machine._MATRIX**3 / 0.5
 
 
 def test_copies_are_as_many_as_what_a_call_touches_needs() -> None:

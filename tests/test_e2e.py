@@ -213,6 +213,11 @@ def test_compiled_ways_write_the_same_texts(subject: TextModel) -> None:
     assert all(row["all"]["agreement"] == 1.0 for row in record["summary"].values())
 
 
+def test_a_nucleus_without_temperature_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "e2e", "--top-p", "0.9"]) == 1
+    assert "top_p needs a temperature above 0, got top_p 0.9" in capsys.readouterr().err
+
+
 def test_prompt_lookup_of_transformers_takes_no_batch(subject: TextModel) -> None:
     with pytest.raises(ValueError, match=r"takes one prompt at a time in transformers, got .* 2;"):
         run_e2e(

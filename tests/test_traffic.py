@@ -117,3 +117,10 @@ def test_the_least_work_of_commit_is_what_changes_place() -> None:
     inputs["hidden"] = torch.zeros(2, 4, 5)
     hidden = (6 + 8) * 5 * 4
     assert least_work("commit", inputs, None).num_bytes == 2 * 2 * 2 * slot + hidden
+
+
+def test_the_least_work_of_a_linear_layer_reads_each_weight_once() -> None:
+    inputs = OPS["packed_linear"].inputs(R=3, U=32, F=10)
+    out = OPS["packed_linear"].reference(**inputs)
+    read = 3 * 10 + 32 * 10 + 32  # rows, weights, bias
+    assert least_work("packed_linear", inputs, out) == Work(2 * (read + 3 * 32), 2 * 3 * 32 * 10)

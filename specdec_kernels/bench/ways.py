@@ -38,7 +38,9 @@ class Decoding:
         return self.temperature > 0
 
     def check(self, modes: Sequence[str]) -> None:
-        """Raise ValueError where a mode cannot decode like this."""
+        """Raise ValueError for a law that is none, or where a mode cannot decode like this."""
+        if self.top_p < 1 and not self.is_sampled:
+            raise ValueError(f"top_p needs a temperature above 0, got top_p {self.top_p}")
         if self.batch > 1 and "prompt_lookup" in modes:
             raise ValueError(
                 f"mode 'prompt_lookup' takes one prompt at a time in transformers, got a batch of "

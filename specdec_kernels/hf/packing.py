@@ -34,8 +34,8 @@ def packed_linears(
     """Let the model's linear layers multiply by packed copies of their weights, and give them back.
 
     Layers that differ from a plain `nn.Linear` are left alone: other classes, forwards of their
-    own, weights that are not on the CPU or not of a 16-bit type that its oneDNN multiplies. The
-    copies stay with the model for later calls, and are made anew when a weight has changed.
+    own, weights that are not on the CPU or of a type that no layout here makes faster. The copies
+    stay with the model for later calls, and are made anew when a weight has changed.
 
     Args:
         pack: True packs; False does not; None packs where the copies fit well into free memory.
@@ -100,6 +100,13 @@ class _OneDnn:
 _Layout = type[_Panels] | type[_OneDnn]
 
 
+def _layout_of(linear: nn.Linear) -> _Layout:
+    """Of a layer that is packable."""
+    layout = _layout_for(linear.weight.dtype)
+    assert layout is not None
+    return layout
+
+
 @functools.cache
 def _layout_for(dtype: torch.dtype) -> _Layout | None:
     """The faster layout on this CPU; None for a dtype that is left alone."""
@@ -117,12 +124,9 @@ def _layout_for(dtype: torch.dtype) -> _Layout | None:
 
 def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The layer's product, from the packed copy."""
-    weight = _copy_of(linear)
+    weight, multiply = _copy_of(linear), _layout_of(linear).multiply
     dtype, width, bias = linear.weight.dtype, linear.in_features, linear.bias
     num_outputs = linear.out_features
-    layout = _layout_for(dtype)
-    assert layout is not None
-    multiply = layout.multiply
 
     def forward(input: Tensor) -> Tensor:
         fits = input.dtype == dtype and input.dim() > 1 and input.shape[-1] == width
@@ -136,9 +140,8 @@ def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 def _copy_of(linear: nn.Linear) -> Tensor:
     if not _is_packed(linear):
-        layout = _layout_for(linear.weight.dtype)
-        assert layout is not None
-        _packed[linear] = (_state(linear.weight), layout.pack(linear.weight.detach()))
+        copy = _layout_of(linear).pack(linear.weight.detach())
+        _packed[linear] = (_state(linear.weight), copy)
     return _packed[linear][1]
 
 
