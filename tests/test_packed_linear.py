@@ -45,6 +45,13 @@ def test_sums_are_rounded_once(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sum_halfway_between_two_numbers_becomes_the_even_one(backend: str) -> None:
+    x = torch.tensor([[256.0, 1.0], [256.0, 3.0], [-256.0, -1.0]]).bfloat16()
+    out = packed_linear(x, panels_of(torch.ones(1, 2).bfloat16()), 1, backend=backend)
+    assert out.flatten().tolist() == [256, 260, -256]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_what_is_not_finite_stays_in_its_row_and_output(backend: str, value: float) -> None:
     x, weight = _random(14, 9), _random(20, 9, seed=1)
