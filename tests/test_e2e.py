@@ -15,7 +15,7 @@ from byte_model import POSITIONS, greedy_tokens, save_byte_model
 from rich.console import Console
 
 from specdec_kernels.bench.e2e import Prompt, read_prompts, run_e2e, select_prompts
-from specdec_kernels.bench.ways import MODES, Decoding
+from specdec_kernels.bench.ways import MODES, Decoding, ways
 from specdec_kernels.cli import main
 from specdec_kernels.drafters import PromptLookupDrafter
 from specdec_kernels.hf.text import TextModel
@@ -157,14 +157,20 @@ def test_batches_are_of_one_category_and_their_rows_end_on_their_own(subject: Te
     shown: list[Any] = []
     subject.model.generation_config.eos_token_id = alone[1][6]
     try:
-        record = run_e2e(
-            subject,
-            prompts,
-            modes=("generate", "specdec"),
-            drafter=PromptLookupDrafter(),
-            decoding=Decoding(batch=3),
-            max_new_tokens=12,
-            progress=lambda prompt, mode: shown.append(prompt.question_id),
+        record, one_by_one = (
+            run_e2e(
+                subject,
+                prompts,
+                modes=("generate", "specdec"),
+                drafter=PromptLookupDrafter(),
+                decoding=Decoding(batch),
+                max_new_tokens=12,
+                progress=progress,
+            )
+            for batch, progress in (
+                (3, lambda prompt, _: shown.append(prompt.question_id)),
+                (1, None),
+            )
         )
     finally:
         subject.model.generation_config.eos_token_id = None
@@ -173,8 +179,10 @@ def test_batches_are_of_one_category_and_their_rows_end_on_their_own(subject: Te
     ends = [tokens.index(alone[1][6]) + 1 if alone[1][6] in tokens else 12 for tokens in alone]
     assert lengths == ends and len(set(lengths)) > 1
     assert record["summary"]["specdec"]["all"]["agreement"] == 1.0
-    assert record["summary"]["generate"]["all"]["mean_tokens_per_step"] == 1.0
-    assert record["summary"]["specdec"]["all"]["mean_tokens_per_step"] >= 1.0
+    for own, other in zip(record["prompts"], one_by_one["prompts"], strict=True):
+        for mode in ("generate", "specdec"):
+            steps = own["modes"][mode]["tokens_per_step"]
+            assert steps == other["modes"][mode]["tokens_per_step"], "a row counts its own steps"
     seconds = [row["modes"]["generate"]["seconds"] for row in record["prompts"]]
     assert seconds[0] == seconds[1] == seconds[2] != seconds[3] == seconds[4] != seconds[5]
 
@@ -211,6 +219,19 @@ def test_compiled_ways_write_the_same_texts(subject: TextModel) -> None:
         max_new_tokens=10,
     )
     assert all(row["all"]["agreement"] == 1.0 for row in record["summary"].values())
+
+
+def test_all_ways_decode_by_the_same_law_and_compile_by_the_same_backend() -> None:
+    options = ways(MODES, PromptLookupDrafter(), False, Decoding(1, 0.8, 0.95, compile="eager"))
+    law = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
+    assert list(options) == list(MODES)
+    assert all(given.items() >= law.items() for given in options.values())
+    assert options["static"]["compile_config"].backend == "eager"
+    for mode in ("plain", "specdec"):
+        assert options[mode]["custom_generate"].compile == "eager"
+    greedy = ways(MODES, None, False, Decoding())
+    assert all(not given["do_sample"] and "temperature" not in given for given in greedy.values())
+    assert greedy["specdec"]["custom_generate"].compile is False
 
 
 def test_a_nucleus_without_temperature_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
