@@ -10,8 +10,14 @@ from prompts import greedy, left_pad, random_prompts
 from torch._dynamo.backends.common import aot_autograd
 
 import specdec_kernels
-from specdec_kernels import DraftContext, Drafter, OracleDrafter, Proposal, SpeculativeDecoder
-from specdec_kernels.hf import packing
+from specdec_kernels import (
+    DraftContext,
+    Drafter,
+    OracleDrafter,
+    Proposal,
+    SpeculativeDecoder,
+    layouts,
+)
 from specdec_kernels.hf.compiled import bucket, compiled_capacity, pad_tree
 from specdec_kernels.tree import TokenTree
 
@@ -148,7 +154,7 @@ def test_trees_are_padded_to_powers_of_two() -> None:
 
 
 def test_compiled_steps_multiply_by_panels_and_by_new_ones_after_an_edit(monkeypatch) -> None:
-    monkeypatch.setattr(packing, "_layout_for", lambda dtype: packing._Panels)
+    monkeypatch.setattr(layouts, "layout_for", lambda dtype: layouts.Panels)
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor]):

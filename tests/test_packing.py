@@ -11,20 +11,21 @@ import torch
 from conftest import make_tiny_model
 from torch import Tensor, nn
 
-from specdec_kernels import SpeculativeDecoder
+from specdec_kernels import SpeculativeDecoder, layouts
 from specdec_kernels.hf import packing
 from specdec_kernels.hf.packing import packed_linears
+from specdec_kernels.layouts import OneDnn, Panels
 
-LAYOUTS = [packing._Panels, packing._OneDnn]
+LAYOUTS = [Panels, OneDnn]
 
 
 @pytest.fixture(autouse=True, params=LAYOUTS, ids=["panels", "onednn"])
 def layout(request, monkeypatch) -> object:
     """Both layouts, whichever this CPU would choose."""
-    if request.param is packing._OneDnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if request.param is OneDnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN multiplies no bfloat16 on this CPU")
     monkeypatch.setattr(
-        packing, "_layout_for", lambda dtype: request.param if dtype == torch.bfloat16 else None
+        layouts, "layout_for", lambda dtype: request.param if dtype == torch.bfloat16 else None
     )
     monkeypatch.setattr(packing, "_packed", weakref.WeakKeyDictionary())
     return request.param
@@ -159,7 +160,7 @@ def test_the_decoder_packs_and_unpacks(monkeypatch, layout) -> None:
     ids = torch.tensor([[5, 6, 7]])
     for pack, compile, packs in (
         (False, False, False),
-        (True, "eager", layout is packing._Panels),
+        (True, "eager", layout is Panels),
         (True, False, True),
     ):
         seen.clear()

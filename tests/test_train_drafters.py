@@ -178,7 +178,7 @@ def test_training_computes_what_the_heads_compute_when_they_draft(
     with torch.no_grad():
         for parameter in system.parameters.values():
             parameter += 0.2 * torch.randn_like(parameter)
-    system.save(tmp_path / "saved")
+    system.save(tmp_path / "saved", view.dtype)
     (batch,) = examples.epoch([1], 0)
     tokens = batch.tokens[0].tolist()
     with torch.no_grad():

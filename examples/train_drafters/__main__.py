@@ -20,6 +20,7 @@ from training import Schedule, System, train
 from specdec_kernels.hf.features import HFTargetView
 from specdec_kernels.hf.target import HFTarget
 from specdec_kernels.hf.text import TextModel, silence_transformers
+from specdec_kernels.registry import cpu_capability
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -72,7 +73,10 @@ def _add_command(
         exclude: Exclude = None,
     ) -> None:
         target = _load(model, dtype)
-        view = HFTargetView(HFTarget(target.model.requires_grad_(False), capacity=1))
+        network = target.model.requires_grad_(False)
+        if network.device.type == "cpu" and cpu_capability() != "avx512_bf16":
+            network.float()  # without products of bfloat16 the larger numbers are the faster ones
+        view = HFTargetView(HFTarget(network, capacity=1))
         paths = exclude or []
         examples = features.Examples(folder / CORPUS, corpus.read_texts(paths, target))
         ids = examples.frequent_tokens(draft_vocab, view.vocab_size)

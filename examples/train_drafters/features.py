@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec_kernels.drafters.eagle import eagle3_layers
+from specdec_kernels.hf.packing import packed_linears
 
 TOKENS_PER_BATCH = 8192
 HELD_OUT = 50
@@ -42,9 +43,10 @@ class Batch:
     logsumexp: Tensor
     best: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        """On another device."""
-        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """On another device; hidden states in this dtype."""
+        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
+        return Batch(**moved | {name: moved[name].to(dtype) for name in ("inputs", "hidden")})
 
 
 _FEATURES = ("inputs", "hidden", "logsumexp", "best")
@@ -59,17 +61,22 @@ def compute(model: Any, folder: Path) -> None:
     missing = [path for path in corpus.shards(folder) if not _features_of(path).exists()]
     if missing:
         _check(model, corpus.read_shard(missing[0])[0].tokens)
-    for path in track(missing, "features"):
-        conversations = corpus.read_shard(path)
-        rows: list[dict[str, Tensor]] = [{} for _ in conversations]
-        for indices in batches([len(c.tokens) for c in conversations]):
-            computed = _forward(model, [conversations[i].tokens for i in indices])
-            for row, i in enumerate(indices):
-                length = len(conversations[i].tokens)
-                rows[i] = {name: values[row, :length] for name, values in computed.items()}
-        partial = path.with_suffix(".partial")
-        save_file({name: torch.cat([row[name] for row in rows]) for name in _FEATURES}, partial)
-        partial.rename(_features_of(path))
+    with packed_linears(model):
+        for path in track(missing, "features"):
+            _write_features(model, path)
+
+
+def _write_features(model: Any, path: Path) -> None:
+    conversations = corpus.read_shard(path)
+    rows: list[dict[str, Tensor]] = [{} for _ in conversations]
+    for indices in batches([len(c.tokens) for c in conversations]):
+        computed = _forward(model, [conversations[i].tokens for i in indices])
+        for row, i in enumerate(indices):
+            length = len(conversations[i].tokens)
+            rows[i] = {name: values[row, :length] for name, values in computed.items()}
+    partial = path.with_suffix(".partial")
+    save_file({name: torch.cat([row[name] for row in rows]) for name in _FEATURES}, partial)
+    partial.rename(_features_of(path))
 
 
 @torch.no_grad()
@@ -109,6 +116,7 @@ class Examples:
 
     Attributes:
         learned, held_out: indices of the conversations that are learned, and of the others.
+        dtype: of the hidden states on disk.
         num_dropped: conversations that were copies, or had to do with excluded sequences.
 
     Raises:
@@ -127,6 +135,7 @@ class Examples:
                 conversations.append(conversation)
                 first += len(conversation.tokens)
         kept = corpus.distinct(conversations, excluded)
+        self.dtype: torch.dtype = self._files[0].get_slice("hidden")[:1].dtype
         self.conversations = [conversations[i] for i in kept]
         self._places = [places[i] for i in kept]
         self.num_dropped = len(conversations) - len(kept)

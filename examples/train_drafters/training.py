@@ -99,9 +99,9 @@ class System(ABC):
                 for hidden, head in self.outputs(batch)
             ]
 
-    def save(self, folder: Path) -> None:
-        """Write config and weights, in the target's dtype."""
-        weights = {name: w.to(self.target.dtype) for name, w in self.parameters.items()}
+    def save(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write config and weights, in this dtype."""
+        weights = {name: w.to(dtype) for name, w in self.parameters.items()}
         write_checkpoint(folder, self.config, weights, self._ids)
 
 
@@ -144,10 +144,10 @@ def train(system: System, examples: Examples, folder: Path, schedule: Schedule) 
             seed = schedule.seed * 1000 + epoch
             skip = run.step - epoch * steps_per_epoch
             for batch in examples.epoch(examples.learned, seed, skip=skip):
-                described = run.learn(batch.to(system.target.device))
+                described = run.learn(batch.to(system.target.device, system.target.dtype))
                 progress.update(task, completed=run.step, description=described)
     run.save()
-    system.save(folder)
+    system.save(folder, examples.dtype)
     facts: dict[str, Any] = {
         **asdict(schedule),
         "num_conversations": len(examples.learned),
@@ -174,7 +174,7 @@ def measure(system: System, examples: Examples, indices: Sequence[int]) -> dict[
     sums = torch.zeros((system.num_depths, 2))
     weight = 0
     for batch in examples.epoch(indices, 0):
-        depths = system.losses(batch.to(system.target.device))
+        depths = system.losses(batch.to(system.target.device, system.target.dtype))
         count = int(batch.is_answer.sum())
         sums += count * torch.tensor([[float(d.loss), float(d.hit_rate)] for d in depths])
         weight += count

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from ..ops import write_kv
 from ..shapes import PAD
@@ -106,18 +106,18 @@ class EagleHead(TrainedHeads):
             self.target.embed(tokens) if embeds is None else embeds, features
         )
         q, k, v = (
-            linear(inputs, w[f"{name}self_attn.{n}.weight"], w.get(f"{name}self_attn.{n}.bias"))
+            self.linear(f"{name}self_attn.{n}.weight", inputs, f"{name}self_attn.{n}.bias")
             .unflatten(-1, (-1, self.head_dim))
             .transpose(1, 2)
             for n in ("q_proj", "k_proj", "v_proj")
         )
         out = attention(self._rotary(q, positions), self._rotary(k, positions), v)
         out = out.transpose(1, 2).flatten(2)
-        hidden = residual + linear(out, w[f"{name}self_attn.o_proj.weight"])
+        hidden = residual + self.linear(f"{name}self_attn.o_proj.weight", out)
         inner = self.norm(hidden, f"{name}post_attention_layernorm.weight")
-        gate = silu(linear(inner, w[f"{name}mlp.gate_proj.weight"]))
-        inner = gate * linear(inner, w[f"{name}mlp.up_proj.weight"])
-        return hidden + linear(inner, w[f"{name}mlp.down_proj.weight"])
+        gate = silu(self.linear(f"{name}mlp.gate_proj.weight", inner))
+        inner = gate * self.linear(f"{name}mlp.up_proj.weight", inner)
+        return hidden + self.linear(f"{name}mlp.down_proj.weight", inner)
 
     def norm(self, values: Tensor, name: str) -> Tensor:
         """Root mean square norm with the weight of that name."""
@@ -238,7 +238,7 @@ class Eagle1Head(EagleHead):
     def enter(self, embeds: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """See `EagleHead`."""
         joined = torch.cat([embeds, features], -1)
-        hidden = linear(joined, self.weights["fc.weight"], self.weights.get("fc.bias"))
+        hidden = self.linear("fc.weight", joined, "fc.bias")
         return hidden, hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class Eagle3Head(EagleHead):
 
     def fuse(self, features: Tensor) -> Tensor:
         """See `EagleHead`."""
-        return linear(features, self.weights["fc.weight"])
+        return self.linear("fc.weight", features)
 
     def enter(self, embeds: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """See `EagleHead`."""
@@ -297,7 +297,7 @@ class Eagle3Head(EagleHead):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `EagleHead`."""
-        return linear(self.norm(hidden, "norm.weight"), self.output_weight("lm_head.weight"))
+        return self.output_head("lm_head.weight", self.norm(hidden, "norm.weight"))
 
 
 def eagle3_layers(num_layers: int) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from .base import DraftContext
 from .checkpoint import Checkpoint
@@ -72,18 +72,19 @@ class MedusaHeads(TrainedHeads):
         """What goes into the last layer of head i after hidden [..., F]: [..., F]."""
         for j in range(self._num_blocks):
             layer = f"{i}.{j}.linear."
-            hidden = hidden + silu(
-                linear(hidden, self.weights[f"{layer}weight"], self.weights[f"{layer}bias"])
-            )
+            hidden = hidden + silu(self.linear(f"{layer}weight", hidden, f"{layer}bias"))
         return hidden
 
     def head(self, i: int, hidden: Tensor) -> Tensor:
         """Logits [..., U] of head i after hidden [..., F]."""
-        return linear(self.state(i, hidden), self.last_layer(i))
+        return self.output_head(self._last(i), self.state(i, hidden))
 
     def last_layer(self, i: int) -> Tensor:
         """[U, F] of head i."""
-        return self.output_weight(f"{i}.{self._num_blocks}.weight")
+        return self.output_weight(self._last(i))
+
+    def _last(self, i: int) -> str:
+        return f"{i}.{self._num_blocks}.weight"
 
     def begin(self, batch: int, num_slots: int) -> None:
         """See `DraftNetwork`."""

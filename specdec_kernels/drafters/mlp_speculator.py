@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, gelu, linear
+from torch.nn.functional import embedding, gelu
 
 from ..shapes import PAD
 from ..tree import pad_rows
@@ -99,12 +99,12 @@ class MLPSpeculator(TrainedHeads):
             embeds = embedding(tokens, self._weight("emb.{}.weight", i))
         else:
             embeds = self.target.embed(tokens)
-        state = linear(state, self._weight("proj.{}.weight", i)) + self._emb_scale * embeds
+        state = self.linear(self._key("proj.{}.weight", i), state) + self._emb_scale * embeds
         return gelu(_norm(state) * self._weight("ln.{}.weight", i) + self._weight("ln.{}.bias", i))
 
     def head(self, i: int, state: Tensor) -> Tensor:
         """Logits [..., U] of head i."""
-        return linear(state, self.last_layer(i))
+        return self.output_head(self._key("head.{}.weight", i), state)
 
     def last_layer(self, i: int) -> Tensor:
         """[U, d] of head i."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..layouts import PackedWeights
 from .checkpoint import Checkpoint
 from .network import DraftNetwork, FeatureQueue, TargetView
 
@@ -33,6 +34,7 @@ class TrainedHeads(DraftNetwork):
         self.target_size, self.vocab_size = target_size, vocab_size
         self.weights: dict[str, Tensor] = {}
         self._ids = torch.arange(vocab_size)
+        self._packed = PackedWeights()
 
     def take_draft_vocab(self, checkpoint: Checkpoint, size: int) -> None:
         """The tensor `d2t` [U]: draft id u is target id `u + d2t[u]`. Without it the draft
@@ -51,6 +53,14 @@ class TrainedHeads(DraftNetwork):
                 f"{self.folder}: d2t must map draft ids to distinct target ids in "
                 f"[0, {self.vocab_size}), found [{low}, {high}] and {num} of {len(ids)} distinct"
             )
+
+    def linear(self, name: str, values: Tensor, bias: str = "") -> Tensor:
+        """values [..., F] W^T + b with the weight of that name, and the bias if it is there."""
+        return self._packed.linear(name, values, self.weights[name], self.weights.get(bias))
+
+    def output_head(self, name: str, hidden: Tensor) -> Tensor:
+        """Logits [..., U] by `output_weight`."""
+        return self._packed.linear(name, hidden, self.output_weight(name), None)
 
     def output_weight(self, name: str) -> Tensor:
         """[U, d], the output head of that name, or the target's rows."""

@@ -1,14 +1,7 @@
-"""Linear layers with packed copies of their weights, while this package runs the model.
-
-A step multiplies a few rows by every weight of the model. PyTorch's own product of so few bfloat16
-rows is far from the speed of the memory. Where the CPU multiplies bfloat16, oneDNN's blocked layout
-halves its time: the layout that `torch.compile` packs its constants into, by the operators that it
-uses. Where it does not, oneDNN emulates, and `ops.packed_linear` takes its place.
-"""
+"""Linear layers with packed copies of their weights, while this package runs the model."""
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import packed_linear, panels_of
-from ..registry import cpu_capability
+from .. import layouts
 
 _MOST_OF_FREE = 0.5
 """Unasked, packed copies take at most this share of the free memory."""
@@ -59,67 +51,16 @@ def _packable_in(model: nn.Module, compiled: bool) -> Iterator[nn.Linear]:
             continue
         weight = module.weight
         is_plain = type(weight.data) is Tensor and weight.device.type == "cpu"
-        layout = _layout_for(weight.dtype) if is_plain and weight.numel() > 0 else None
+        layout = layouts.layout_for(weight.dtype) if is_plain and weight.numel() > 0 else None
         if layout is not None and (layout.is_tensor or not compiled):
             yield module
 
 
-class _Panels:
-    """`ops.packed_linear`."""
-
-    is_tensor = True
-
-    @staticmethod
-    def pack(weight: Tensor) -> Tensor:
-        return panels_of(weight)
-
-    @staticmethod
-    def multiply(input: Tensor, panels: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
-        out: Tensor = packed_linear(input.flatten(0, -2), panels, num_outputs, bias)
-        return out.view(*input.shape[:-1], num_outputs)
-
-
-class _OneDnn:
-    """oneDNN's own layout and product."""
-
-    is_tensor = False  # but opaque: without strides, as graphs need them
-
-    @staticmethod
-    def pack(weight: Tensor) -> Tensor:
-        # Laid out for 16 rows, which serves any number as well.
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-        return packed
-
-    @staticmethod
-    def multiply(input: Tensor, weight: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
-        multiply = torch.ops.mkldnn._linear_pointwise.default
-        product: Tensor = multiply(input, weight, bias, "none", [], "")
-        return product
-
-
-_Layout = type[_Panels] | type[_OneDnn]
-
-
-def _layout_of(linear: nn.Linear) -> _Layout:
+def _layout_of(linear: nn.Linear) -> layouts.Layout:
     """Of a layer that is packable."""
-    layout = _layout_for(linear.weight.dtype)
+    layout = layouts.layout_for(linear.weight.dtype)
     assert layout is not None
     return layout
-
-
-@functools.cache
-def _layout_for(dtype: torch.dtype) -> _Layout | None:
-    """The faster layout on this CPU; None for a dtype that is left alone."""
-    if dtype == torch.bfloat16 and cpu_capability() in ("avx2", "avx512"):
-        return _Panels
-    operators = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
-        return None
-    supported = {
-        torch.bfloat16: operators._is_mkldnn_bf16_supported,
-        torch.float16: operators._is_mkldnn_fp16_supported,
-    }
-    return _OneDnn if dtype in supported and supported[dtype]() else None
 
 
 def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
