@@ -25,12 +25,14 @@ ExitLayer = Annotated[
 ]
 HeadsFolder = Annotated[
     Path | None,
-    typer.Option("--heads", help="For --drafter heads: Medusa, MLP speculator or EAGLE folder."),
+    typer.Option(
+        "--heads", help="For --drafter heads or auto: Medusa, MLP speculator or EAGLE folder."
+    ),
 ]
 Tree = Annotated[
     str,
     typer.Option(
-        help='Of draft, early-exit and heads: "top-k", or children by depth, sampled: 4-2-1-1.'
+        help='Of drafters with a network: "top-k", or children by depth, sampled: 4-2-1-1.'
     ),
 ]
 Depth = Annotated[int | None, typer.Option(min=1, help="Deepest node of a top-k tree; 5.")]
@@ -44,7 +46,8 @@ DraftTemperature = Annotated[
 ]
 
 _NEEDS = {"draft": "draft_model", "early-exit": "exit_layer", "heads": "heads"}
-"""Drafter -> the option that it needs, and nothing else takes."""
+"""Drafter -> the option that it needs, and nothing else takes but `auto`, which takes heads."""
+_HAVE_TREES = (*_NEEDS, "eagle", "mlp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +84,17 @@ class DrafterOptions:
         """
         for name, option in _NEEDS.items():
             flag = f"--{option.replace('_', '-')}"
+            if (self.name, name) == ("auto", "heads"):
+                continue
             if (self.name == name) != (getattr(self, option) is not None):
                 verb = "needs" if self.name == name else "does not take"
                 raise typer.BadParameter(f"--drafter {self.name} {verb} {flag}")
-        if self.name in _NEEDS:
+        if self.name in _HAVE_TREES:
             self._plan()
             return
         if self._tree_options():
             raise typer.BadParameter(
-                f"--{self._tree_options()[0]} needs --drafter draft, early-exit or heads"
+                f"--{self._tree_options()[0]} needs --drafter {', '.join(_HAVE_TREES)}"
             )
         self._text_drafter()
 
@@ -99,14 +104,14 @@ class DrafterOptions:
         Raises:
             ValueError: a draft model or heads that cannot be loaded or do not fit.
         """
-        if self.name not in _NEEDS:
+        if self.name not in _HAVE_TREES:
             return self._text_drafter()
         from .drafters import ModelDrafter
 
         return ModelDrafter(self._network(subject), self._plan())
 
     def _network(self, subject: TextModel) -> DraftNetwork:
-        from .drafters import load_heads
+        from .drafters import load_heads, shipped_heads
         from .hf import DraftModel, EarlyExitModel
         from .hf.text import TextModel
 
@@ -115,8 +120,7 @@ class DrafterOptions:
             return DraftModel(draft.model, tokenizers=(subject.tokenizer, draft.tokenizer))
         if self.exit_layer is not None:
             return EarlyExitModel(self.exit_layer)
-        assert self.heads is not None
-        return load_heads(self.heads)
+        return shipped_heads(self.name) if self.heads is None else load_heads(self.heads)
 
     def _plan(self) -> TreePlan:
         from .drafters import SampledTree, TopKTree
@@ -150,11 +154,12 @@ class DrafterOptions:
         ]
 
     def _text_drafter(self) -> Drafter | None:
-        from .drafters import make_drafter
+        from .drafters import load_heads, make_drafter
 
-        if self.max_nodes is None:
-            return make_drafter(self.name)
-        drafter = make_drafter(self.name, max_nodes=self.max_nodes)
-        if drafter is None:
+        given = {} if self.max_nodes is None else {"max_nodes": self.max_nodes}
+        if self.heads is not None:  # of auto
+            return make_drafter(self.name, heads=load_heads(self.heads), **given)
+        drafter = make_drafter(self.name, **given)
+        if given and drafter is None:
             raise typer.BadParameter(f"--max-nodes needs a drafter, got --drafter {self.name}")
         return drafter

@@ -23,7 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec_kernels import (
+    AutoDrafter,
     DraftContext,
+    Drafter,
     DraftNetwork,
     ModelDrafter,
     SampledTree,
@@ -143,7 +145,13 @@ class Checked(DraftNetwork):
         assert error < 2e-4, (row, len(self.sequences[row]), path)
 
 
-@pytest.mark.parametrize("tree", TREES)
+def _drafter(network: DraftNetwork, tree: str) -> Drafter:
+    if tree == "merged":
+        return AutoDrafter(24, heads=network, heads_depth=3, heads_width=3, least_asked=0.0)
+    return ModelDrafter(network, TREES[tree])
+
+
+@pytest.mark.parametrize("tree", [*TREES, "merged"])
 @pytest.mark.parametrize("name", NAMES)
 def test_heads_compute_the_papers_formula_and_greedy_text_is_the_target_s(
     target, rows, saved, name: str, tree: str, report
@@ -160,7 +168,7 @@ def test_heads_compute_the_papers_formula_and_greedy_text_is_the_target_s(
         return formula(features[key], tokens, path)
 
     checked = Checked(network, reference)
-    decoder = SpeculativeDecoder(ModelDrafter(checked, TREES[tree]))
+    decoder = SpeculativeDecoder(_drafter(checked, tree), budget=False)
     inputs = left_pad(rows)
     output = target.generate(**inputs, max_new_tokens=NEW, do_sample=False, custom_generate=decoder)
     want = [greedy(target, row, NEW)[len(row) :] for row in rows]
@@ -176,7 +184,7 @@ def test_sampled_rows_depend_on_their_seed_alone(target, rows, saved, name: str)
     def run(order: Sequence[int], tree: str, rule: str | None) -> list[list[int]]:
         network = load_heads(saved[name][0])
         decoder = SpeculativeDecoder(
-            ModelDrafter(network, TREES[tree]), seed=list(order), rule=rule
+            _drafter(network, tree), seed=list(order), rule=rule, budget=False
         )
         inputs = left_pad([rows[i] for i in order])
         output = target.generate(**inputs, custom_generate=decoder, **options)
@@ -188,7 +196,8 @@ def test_sampled_rows_depend_on_their_seed_alone(target, rows, saved, name: str)
     plain = SpeculativeDecoder(None, seed=[0, 1, 2])
     inputs = left_pad(rows)
     want = target.generate(**inputs, custom_generate=plain, **options)
-    assert run([0, 1, 2], "top-k", None) == want[:, inputs["input_ids"].shape[1] :].tolist()
+    for tree in ("top-k", "merged"):
+        assert run([0, 1, 2], tree, None) == want[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("name", ["eagle-3", "medusa-some", "medusa-rows", "speculator-some"])

@@ -4,24 +4,34 @@ request taught helps the next.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from prompts import greedy, left_pad, random_prompts
 from toy_target import ToyTarget
+from transformers import PreTrainedModel
 
 from specdec_kernels import (
     AutoDrafter,
     Budget,
+    DraftContext,
+    Drafter,
+    DraftNetwork,
     SpeculativeDecoder,
     SuccessorTable,
     TokenRecyclingDrafter,
 )
 from specdec_kernels.decoding import decode
 from specdec_kernels.drafters import DRAFTERS, make_drafter
+from specdec_kernels.drafters.adviser import Advice, level_of
 from specdec_kernels.drafters.memory import ContextTable, HitRates
+from specdec_kernels.drafters.network import Level
 from specdec_kernels.drafting import SamplingParams
+from specdec_kernels.hf import EarlyExitModel
+from specdec_kernels.hf.features import HFTargetView
+from specdec_kernels.hf.target import HFTarget
 
 VOCAB = 101
 NEW = 40
@@ -135,6 +145,7 @@ def test_a_full_table_forgets_its_oldest_contexts() -> None:
 
 def test_hit_rates_approach_the_frequency_and_forget() -> None:
     rates = HitRates(prior=0.5, memory=20)
+    assert rates.rate("new", 0.9) == rates.rate("new") == 0.9, "the first prior stays"
     assert rates.rate("x") == 0.5
     for i in range(400):
         rates.learn("x", i % 4 == 0)
@@ -198,3 +209,124 @@ def test_text_without_repetition_is_soon_decoded_plainly() -> None:
     decode(target, AutoDrafter(16), [[1, 2]], max_lengths=[200], sampling=sampling, budget=budget)
     assert len(sizes) > 150
     assert sum(size == 1 for size in sizes[-100:]) >= 95
+
+
+class Prophet(DraftNetwork):
+    """Knows the sequences. At depths where it lies its favourite is another token.
+
+    Args:
+        sequences: whole ones.
+        lies: depths, 0 for what follows the root.
+    """
+
+    def __init__(self, sequences: Sequence[Sequence[int]], lies: Sequence[int] = ()) -> None:
+        self.sequences, self.lies = sequences, lies
+        self.asked: list[int] = []  # nodes of each call
+
+    def begin(self, batch: int, num_slots: int) -> None:
+        self.num_slots = num_slots
+
+    def start(self, context: DraftContext) -> torch.Tensor:
+        self.before = [list(s) for s in context.sequences]
+        self.paths: list[list[list[int]]] = [[] for _ in self.before]
+        self.asked.append(sum(context.active))
+        return torch.stack([self._logits(b, []) for b in range(len(self.before))])
+
+    def extend(self, level: Level) -> torch.Tensor:
+        self.asked.append(sum(map(len, level)))
+        out = torch.zeros((len(level), max(map(len, level)), VOCAB))
+        for b, nodes in enumerate(level):
+            known = list(self.paths[b])
+            for column, (token, parent) in enumerate(nodes):
+                path = [*(known[parent] if parent >= 0 else []), token]
+                self.paths[b].append(path)
+                out[b, column] = self._logits(b, path)
+            assert len(self.paths[b]) <= self.num_slots
+        return out
+
+    def _logits(self, row: int, path: Sequence[int]) -> torch.Tensor:
+        at = len(self.before[row]) + len(path)
+        text = self.sequences[row]
+        logits = torch.zeros(VOCAB)
+        if text[:at] == [*self.before[row], *path] and at < len(text):
+            logits[(text[at] + (len(path) in self.lies)) % VOCAB] = 9.0
+        return logits
+
+
+def _steps(model: PreTrainedModel, rows: Sequence[torch.Tensor], drafter: Drafter) -> list[int]:
+    decoder = SpeculativeDecoder(drafter, budget=False)
+    output = model.generate(**left_pad(rows), max_new_tokens=NEW, custom_generate=decoder)
+    assert output[:, -NEW:].tolist() == [greedy(model, row, NEW)[-NEW:] for row in rows]
+    assert decoder.stats is not None and not decoder.stats.num_failures
+    return decoder.stats.num_steps
+
+
+def test_heads_that_know_the_text_are_followed_to_their_depth(tiny_model, rows) -> None:
+    texts = [greedy(tiny_model, row, NEW) for row in rows]
+    network = Prophet(texts)
+    steps = _steps(tiny_model, rows, AutoDrafter(16, heads=network, heads_depth=4))
+    # The first guesses are trusted as much as the heads trust them.
+    assert all(n <= -(-(NEW - 1) // 5) + 1 for n in steps), steps
+    assert max(network.asked) <= 3 * len(rows)
+
+
+def test_heads_that_lie_are_soon_not_believed_nor_asked_deeper(
+    tiny_model, rows
+) -> None:
+    texts = [greedy(tiny_model, row, NEW) for row in rows]
+    alone = _steps(tiny_model, rows, AutoDrafter(16, heads=None))
+    network = Prophet(texts, lies=range(9))
+    drafter = AutoDrafter(16, heads=network)
+    for _ in range(2):
+        misled = _steps(tiny_model, rows, drafter)
+    assert sum(misled) <= sum(alone) + 3
+    network.asked.clear()
+    _steps(tiny_model, rows[:1], drafter)
+    assert len(network.asked) < 2.5 * max(_steps(tiny_model, rows[:1], AutoDrafter(16, heads=None)))
+
+
+def test_a_guess_of_the_text_is_as_likely_as_what_heads_say_of_it(tiny_model) -> None:
+    """What is learned at one node tells apart the guesses that heads share from the others."""
+    drafter = AutoDrafter(8, sources=("text",), orders=(2,), heads=Prophet([]))
+    drafter.begin(1)
+    row = drafter._rows[0]
+    row.text.extend([6, 7, 8, 6, 7], 0)
+    shared, alone = Advice({8: 0.9, 9: 0.05}), Advice({9: 0.9, 5: 0.05})
+    for _ in range(50):
+        for advice, next_token in ((shared, 8), (alone, 9)):
+            for token, _, kind in drafter._candidates(row, (6, 7), advice):
+                drafter.rates.learn(kind, token == next_token)
+                if token == next_token:
+                    break
+    chances = [
+        {token: chance for token, chance, _ in drafter._candidates(row, (6, 7), advice)}
+        for advice in (shared, alone)
+    ]
+    assert chances[0][8] > 0.9 and chances[1][8] < 0.1 and chances[1][9] > 0.8
+    assert all(sum(c.values()) <= 1.0 + 1e-9 for c in chances)
+
+
+def test_a_share_leaves_out_what_is_refuted() -> None:
+    advice = Advice({4: 0.6, 5: 0.3})
+    assert advice.share(5, 0.0) == pytest.approx(0.3)
+    assert advice.share(5, 0.6) == pytest.approx(0.75)
+    assert advice.share(6, 0.6) == 0.0 and advice.share(4, 0.9) == 1.0
+    assert [level_of(p) for p in (0.0, 0.02, 0.4, 0.97, 1.0)] == [0, 1, 5, 10, 10]
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (4, 0)])
+def test_heads_need_a_depth_and_a_width(sizes: tuple[int, int]) -> None:
+    depth, width = sizes
+    with pytest.raises(ValueError, match=rf"must be >= 1, got {depth}, {width} and 8"):
+        AutoDrafter(heads=Prophet([]), heads_depth=depth, heads_width=width)
+
+
+def test_networks_in_the_target_s_cache_are_not_merged() -> None:
+    with pytest.raises(ValueError, match=r"EarlyExitModel keeps its nodes in the target's cache"):
+        AutoDrafter(heads=EarlyExitModel(1))
+
+
+def test_other_targets_have_no_shipped_heads(tiny_model) -> None:
+    drafter = AutoDrafter()
+    with drafter.attach(HFTargetView(HFTarget(tiny_model, 8))):
+        assert drafter._adviser is None

@@ -30,7 +30,8 @@ def bytes_target(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shards of short conversations."""
-    for name, value in (("BATCH", 4), ("MAX_PROMPT", 6), ("MAX_ANSWER", 9), ("MAX_DOCUMENT", 16)):
+    sizes = {"BATCH": 4, "CYCLE": 3, "MAX_PROMPT": 6, "MAX_ANSWER": 9, "MAX_DOCUMENT": 16}
+    for name, value in sizes.items():
         monkeypatch.setattr(corpus, name, value)
 
 

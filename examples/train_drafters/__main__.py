@@ -51,11 +51,14 @@ def write_corpus(
     folder: Folder = FOLDER,
     model: Model = "smollm2",
     dtype: Dtype = "bf16",
-    tokens: Annotated[int, typer.Option(min=1, help="Least size of the corpus.")] = 1_000_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Least tokens to write.")] = 1_000_000,
+    first_shard: Annotated[
+        int, typer.Option(min=0, help="Its number; far ones for other processes, same folder.")
+    ] = 0,
 ) -> None:
     """Let the target write conversations, and compute its features for them."""
     target = _load(model, dtype)
-    corpus.Writer(target, folder / CORPUS).write(tokens)
+    corpus.Writer(target, folder / CORPUS).write(tokens, first_shard)
     features.compute(target.model, folder / CORPUS)
 
 

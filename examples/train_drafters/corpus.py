@@ -6,6 +6,7 @@ the shards before it, so an interrupted run goes on where it stopped and gives t
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,8 @@ from specdec_kernels.hf.text import TextModel
 BATCH = 64
 MAX_PROMPT, MAX_ANSWER, MAX_DOCUMENT = 96, 224, 640
 """Most tokens that the target writes in a turn; most of the earlier answers that it is given."""
+CYCLE = 6
+"""One shard in so many quotes earlier ones: long to compute, and most of it is not learned."""
 NGRAM = 13
 """Tokens in a row that a conversation shares with another text only if it quotes it."""
 
@@ -73,25 +76,30 @@ class Writer:
         if not found:
             raise ValueError(f"{target.name}: its chat template leaves the user's turn out")
 
-    def write(self, num_tokens: int) -> None:
-        """Add shards until the folder holds so many tokens."""
+    def write(self, num_tokens: int, first: int = 0) -> None:
+        """Add shards until those from number `first` on, without a gap, hold so many tokens.
+
+        Processes that write far apart write different conversations, each by itself.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        count = sum(len(c.tokens) for c in read(self.folder))
-        shard = len(shards(self.folder))
+        earlier: list[Conversation] = []
+        count = 0
         with Progress() as progress:
-            task = progress.add_task("tokens", total=num_tokens, completed=count)
-            while count < num_tokens:
-                conversations = self._shard(shard)
-                save_shard(conversations, self.folder / f"shard-{shard:05d}.safetensors")
-                count += sum(len(c.tokens) for c in conversations)
-                shard += 1
+            task = progress.add_task("tokens", total=num_tokens)
+            for shard in itertools.count(first):
+                if count >= num_tokens:
+                    break
+                path = self.folder / f"shard-{shard:05d}.safetensors"
+                if not path.exists():
+                    save_shard(self._shard(shard, earlier), path)
+                earlier += read_shard(path)
+                count = sum(len(c.tokens) for c in earlier)
                 progress.update(task, completed=min(count, num_tokens))
 
-    def _shard(self, shard: int) -> list[Conversation]:
-        """Every third shard asks about earlier answers; half of all answers are greedy."""
+    def _shard(self, shard: int, earlier: Sequence[Conversation]) -> list[Conversation]:
+        """Every `CYCLE`th asks about earlier answers; half of all answers are greedy."""
         dice = random.Random(shard)
-        earlier = list(read(self.folder)) if shard % 3 == 2 else []
-        if earlier:
+        if earlier and shard % CYCLE == CYCLE - 1:
             turns = [self._about(earlier, dice) for _ in range(BATCH)]
         else:
             openers = [dice.choice(OPENERS) for _ in range(BATCH)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from specdec_kernels.drafters.eagle import eagle3_layers
 from specdec_kernels.hf.packing import packed_linears
 
-TOKENS_PER_BATCH = 8192
+TOKENS_PER_BATCH = 2048
 HELD_OUT = 50
 """One conversation in so many is never learned, and measured at the end."""
 

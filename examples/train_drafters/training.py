@@ -19,6 +19,7 @@ from features import Batch, Examples
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from specdec_kernels.drafters.shipped import FINGERPRINT, fingerprint
 from specdec_kernels.drafters.trained import TrainedHeads
 from specdec_kernels.hf.features import HFTargetView
 from specdec_kernels.shapes import PAD
@@ -102,7 +103,8 @@ class System(ABC):
     def save(self, folder: Path, dtype: torch.dtype) -> None:
         """Write config and weights, in this dtype."""
         weights = {name: w.to(dtype) for name, w in self.parameters.items()}
-        write_checkpoint(folder, self.config, weights, self._ids)
+        config = {**self.config, FINGERPRINT: fingerprint(self.target)}
+        write_checkpoint(folder, config, weights, self._ids)
 
 
 def later(values: Tensor) -> Tensor:

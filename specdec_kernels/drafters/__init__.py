@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from .auto import AutoDrafter
 from .base import DraftContext, Drafter, RowDrafter, Verified
@@ -12,10 +13,11 @@ from .network import DraftNetwork
 from .oracle import OracleDrafter
 from .prompt_lookup import PromptLookupDrafter
 from .recycling import TokenRecyclingDrafter
+from .shipped import SHIPPED, shipped_heads
 
 DRAFTERS: dict[str, Callable[..., Drafter] | None] = {
     "auto": AutoDrafter,
-    "suffix": partial(AutoDrafter, sources=("text", "history")),
+    "suffix": partial(AutoDrafter, sources=("text", "history"), heads=None),
     "token_recycling": TokenRecyclingDrafter,
     "prompt_lookup": PromptLookupDrafter,
     "none": None,
@@ -25,7 +27,7 @@ MODEL_DRAFTERS = ("draft", "early-exit", "heads")
 """Drafters that need a network, which the command line loads; in Python, a `ModelDrafter`."""
 
 
-def make_drafter(name: str, **options: object) -> Drafter | None:
+def make_drafter(name: str, **options: Any) -> Drafter | None:
     """The drafter of that name, or None for plain decoding.
 
     Raises:
@@ -33,8 +35,10 @@ def make_drafter(name: str, **options: object) -> Drafter | None:
     """
     if name in MODEL_DRAFTERS:
         raise ValueError(f"drafter {name!r} needs a network: pass ModelDrafter(network, tree)")
+    if name in SHIPPED:
+        return ModelDrafter(shipped_heads(name), TopKTree(**options))
     if name not in DRAFTERS:
-        known = ", ".join([*DRAFTERS, *MODEL_DRAFTERS])
+        known = ", ".join([*DRAFTERS, *SHIPPED, *MODEL_DRAFTERS])
         raise ValueError(f"drafter must be one of {known}, got {name!r}")
     make = DRAFTERS[name]
     return None if make is None else make(**options)
@@ -43,6 +47,7 @@ def make_drafter(name: str, **options: object) -> Drafter | None:
 __all__ = [
     "DRAFTERS",
     "MODEL_DRAFTERS",
+    "SHIPPED",
     "AutoDrafter",
     "DraftContext",
     "DraftNetwork",
@@ -58,4 +63,5 @@ __all__ = [
     "Verified",
     "load_heads",
     "make_drafter",
+    "shipped_heads",
 ]

@@ -1,20 +1,29 @@
-"""Drafts from the text itself and from what the target said before, merged by probability."""
+"""Drafts from the text, from what the target said before, and from heads, merged by probability."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..shapes import PAD
 from ..tree import Proposal
+from .adviser import Advice, Adviser, level_of
 from .base import DraftContext, Drafter, Verified, check_max_nodes
+from .heads import load_heads
 from .memory import ContextTable, HitRates, SuccessorTable, keep_successors
+from .network import DraftNetwork, TargetView
+from .shipped import shipped_folder_for
 
 SOURCES = ("text", "history", "successors")
 _LEAST_LEFT = 0.01
 """Candidates of a node end where so little probability is left for others."""
+
+_UNKNOWN = 0.3
+"""How often guesses are right that heads know nothing of, before it was counted."""
 
 Candidate = tuple[int, float, Hashable]
 """Token, probability after its parent, and the kind of guess that it is."""
@@ -27,6 +36,31 @@ class _Row:
     text: ContextTable
     length: int = 0
     guesses: dict[int, list[Candidate]] = field(default_factory=dict)  # by node
+
+
+@dataclass(slots=True)
+class _Node:
+    """A node that may join the tree.
+
+    Attributes:
+        token: its own.
+        last: the last tokens, its own included.
+        depth: 0 for the root.
+        score: estimated probability of its path.
+        above, number: its parent and itself as the adviser's network counts; PAD for the root.
+        advice: on what follows; None where nobody was asked.
+        candidates, children: what may follow; None before it was estimated.
+    """
+
+    token: int
+    last: tuple[int, ...]
+    depth: int = 0
+    score: float = 1.0
+    above: int = PAD
+    number: int = PAD
+    advice: Advice | None = None
+    candidates: list[Candidate] | None = None
+    children: list[_Node] = field(default_factory=list)
 
 
 class AutoDrafter(Drafter):
@@ -47,6 +81,11 @@ class AutoDrafter(Drafter):
         max_depth: of a tree.
         min_probability: least estimated probability of a node's path.
         successors: a table to start from, as saved by `SuccessorTable.save`.
+        heads: a network that is asked at the likeliest nodes of each level. What it says is a
+            candidate of its own, and tells the other guesses apart. "shipped": the package's own,
+            if it has some that were trained for the target; None asks nobody.
+        heads_depth, heads_width: levels that it is asked for, and most nodes of each.
+        least_asked: no level is asked whose likeliest nodes have less probability together.
 
     Source: suffix decoding, Oliaro et al., 2411.04975; token recycling, Luo et al., 2408.08696;
         backing off as in prediction by partial matching (Cleary and Witten, 1984).
@@ -64,6 +103,10 @@ class AutoDrafter(Drafter):
         max_depth: int = 24,
         min_probability: float = 0.001,
         successors: SuccessorTable | Path | None = None,
+        heads: DraftNetwork | Literal["shipped"] | None = "shipped",
+        heads_depth: int = 4,
+        heads_width: int = 3,
+        least_asked: float = 0.3,
     ) -> None:
         name = type(self).__name__
         check_max_nodes(name, max_nodes)
@@ -83,28 +126,66 @@ class AutoDrafter(Drafter):
         longer = [order for order in orders if order > 1] or orders
         self.history = ContextTable(longer, max_contexts=max_contexts)
         self.rates = HitRates()
+        self._heads = heads
+        self._heads_size = (heads_depth, heads_width)
+        self._adviser_folder: Path | None = None
+        self._adviser: Adviser | None = None
+        if isinstance(heads, DraftNetwork):
+            self._adviser = Adviser(heads, *self._heads_size)
+        self.least_asked = least_asked
         self._chain = self._order_of_asking()
         self._rows: list[_Row] = []
+
+    def __str__(self) -> str:
+        name = super().__str__()
+        return name if self._adviser is None else f"{name}, {type(self._adviser.network).__name__}"
+
+    @contextmanager
+    def attach(self, target: object) -> Iterator[None]:
+        """See `Drafter`."""
+        view: TargetView = target  # type: ignore[assignment]
+        if self._heads == "shipped":
+            self._use(shipped_folder_for(view))
+        with nullcontext() if self._adviser is None else self._adviser.network.attach(view):
+            yield
+
+    def _use(self, folder: Path | None) -> None:
+        """The heads of that folder, which stay for later requests."""
+        if folder != self._adviser_folder:
+            self._adviser_folder = folder
+            self._adviser = None
+            if folder is not None:
+                self._adviser = Adviser(load_heads(folder), *self._heads_size)
 
     def begin(self, batch: int) -> None:
         """Forget the rows of the last batch, not what was learned from them."""
         self._rows = [_Row(ContextTable(self.orders)) for _ in range(batch)]
+        if self._adviser is not None:
+            self._adviser.begin(batch)
 
     def propose(self, context: DraftContext) -> Proposal:
         """See `Drafter`."""
-        trees: list[tuple[list[int], list[int], list[float]]] = []
-        for b, sequence in enumerate(context.sequences):
-            row = self._rows[b]
+        roots: list[_Node | None] = []
+        for row, sequence, active in zip(
+            self._rows, context.sequences, context.active, strict=True
+        ):
             row.guesses = {}
-            if context.active[b]:
-                self._index(row, sequence)
-                trees.append(self._grow(row, sequence, context.max_depths[b]))
-            else:
-                trees.append(([], [], []))
+            if active:
+                row.text.extend(sequence, row.length)
+                row.length = len(sequence)
+            last = tuple(sequence[-self.orders[0] :])
+            roots.append(_Node(sequence[-1], last) if active else None)
+        deepest = [min(most, self.max_depth) for most in context.max_depths]
+        if self._adviser is not None:
+            self._ask(self._adviser, context, roots, deepest)
+        trees = [
+            ([], [], []) if root is None else self._grow(row, root, most)
+            for row, root, most in zip(self._rows, roots, deepest, strict=True)
+        ]
         size = self.max_nodes
         if context.budget is not None:
-            active = [tree[2] for tree, on in zip(trees, context.active, strict=True) if on]
-            size = context.budget.choose(active)
+            scores = [tree[2] for tree, on in zip(trees, context.active, strict=True) if on]
+            size = context.budget.choose(scores)
         rows: list[tuple[list[int], list[int]]] = []
         for (tokens, parents, _), sequence, on in zip(
             trees, context.sequences, context.active, strict=True
@@ -138,89 +219,131 @@ class AutoDrafter(Drafter):
     def _order_of_asking(self) -> list[tuple[str, int]]:
         """Sources and suffix lengths, the most telling first."""
         chain = []
+        single = [("heads", 1), *[("successors", 1)] * ("successors" in self.sources)]
         for order in self.orders:
-            if order == 1 and "successors" in self.sources:
-                chain.append(("successors", 1))
+            if order == 1:
+                chain += single
             if "text" in self.sources:
                 chain.append(("text", order))
             if "history" in self.sources and order in self.history.orders:
                 chain.append(("history", order))
-        if "successors" in self.sources and ("successors", 1) not in chain:
-            chain.append(("successors", 1))
-        return chain
+        return chain if 1 in self.orders else chain + single
 
-    def _index(self, row: _Row, sequence: Sequence[int]) -> None:
-        row.text.extend(sequence, row.length)
-        row.length = len(sequence)
+    def _ask(
+        self,
+        adviser: Adviser,
+        context: DraftContext,
+        roots: Sequence[_Node | None],
+        deepest: Sequence[int],
+    ) -> None:
+        """Have the adviser judge the root of each row, then the likeliest nodes of each level."""
+        for root, advice in zip(roots, adviser.start(context), strict=True):
+            if root is not None:
+                root.advice = advice
+        nodes = [[root] if root is not None else [] for root in roots]
+        counts = [0] * len(nodes)
+        for depth in range(1, adviser.depth):
+            for b, (row, above) in enumerate(zip(self._rows, nodes, strict=True)):
+                below = [
+                    child
+                    for node in above
+                    if depth < deepest[b]
+                    for child in self._children(row, node)
+                ]
+                below = heapq.nlargest(adviser.width, below, key=lambda node: node.score)
+                is_likely = sum(node.score for node in below) >= self.least_asked
+                nodes[b] = below if is_likely else []
+            if not any(nodes):
+                return
+            level = []
+            for b, row_nodes in enumerate(nodes):
+                level.append([(node.token, node.above) for node in row_nodes])
+                for node in row_nodes:
+                    node.number = counts[b]
+                    counts[b] += 1
+            for row_nodes, row_advice in zip(nodes, adviser.extend(level), strict=True):
+                for node, advice in zip(row_nodes, row_advice, strict=False):
+                    node.advice = advice
 
     def _grow(
-        self, row: _Row, sequence: Sequence[int], max_depth: int
+        self, row: _Row, root: _Node, deepest: int
     ) -> tuple[list[int], list[int], list[float]]:
         """Tokens, parents and path probabilities of the draft nodes, the likeliest first."""
         tokens: list[int] = []
         parents: list[int] = []
         scores: list[float] = []
-        deepest = min(max_depth, self.max_depth)
-        # (-path probability, order of arrival, token, parent, depth, last tokens before it)
-        heap: list[tuple[float, int, int, int, int, tuple[int, ...]]] = []
+        heap: list[tuple[float, int, int, _Node]] = []  # (-score, order of arrival, parent, node)
         arrivals = 0
-        node, depth, score = 0, 0, 1.0
-        last = tuple(sequence[-self.orders[0] :])
+        node, place = root, 0
         while True:
-            if depth < deepest:
-                candidates = row.guesses[node] = self._candidates(row, last)
-                for token, probability, _ in candidates:
-                    if score * probability >= self.min_probability:
-                        arrivals += 1
-                        entry = (-score * probability, arrivals, token, node, depth + 1, last)
-                        heapq.heappush(heap, entry)
+            if node.depth < deepest:
+                for child in self._children(row, node):
+                    arrivals += 1
+                    heapq.heappush(heap, (-child.score, arrivals, place, child))
+                assert node.candidates is not None
+                row.guesses[place] = node.candidates
             if not heap or len(tokens) >= self.max_nodes - 1:
                 return tokens, parents, scores
-            negative, _, token, parent, depth, last = heapq.heappop(heap)
-            score = -negative
-            tokens.append(token)
+            _, _, parent, node = heapq.heappop(heap)
+            tokens.append(node.token)
             parents.append(parent)
-            scores.append(score)
-            node = len(tokens)
-            last = (
-                (*last[1 - len(last) :], token) if len(last) >= self.orders[0] else (*last, token)
-            )
+            scores.append(node.score)
+            place = len(tokens)
 
-    def _candidates(self, row: _Row, last: tuple[int, ...]) -> list[Candidate]:
+    def _children(self, row: _Row, node: _Node) -> list[_Node]:
+        """Of the node, estimated at the first call."""
+        if node.candidates is None:
+            node.candidates = self._candidates(row, node.last, node.advice)
+            before = node.last[1:] if len(node.last) >= self.orders[0] else node.last
+            for token, probability, _ in node.candidates:
+                score = node.score * probability
+                if score >= self.min_probability:
+                    last = (*before, token)
+                    node.children.append(_Node(token, last, node.depth + 1, score, node.number))
+        return node.children
+
+    def _candidates(
+        self, row: _Row, last: tuple[int, ...], advice: Advice | None
+    ) -> list[Candidate]:
         """What may follow the last tokens, in the order of asking."""
         found: list[Candidate] = []
         seen: set[int] = set()
-        left = 1.0
-        rate = self.rates.rate
+        left, refuted = 1.0, 0.0
+
+        def add(token: int, kind: tuple[Hashable, ...]) -> None:
+            nonlocal left, refuted
+            if token in seen:
+                return
+            prior = None
+            if advice is not None:
+                share = advice.share(token, refuted)
+                prior = share if kind[0] == "heads" else (share + _UNKNOWN) / 2
+                kind = (*kind, level_of(share))
+                refuted += advice.probabilities.get(token, 0.0)
+            probability = self.rates.rate(kind, prior)
+            seen.add(token)
+            found.append((token, left * probability, kind))
+            left *= 1.0 - probability
+
         for source, order in self._chain:
+            if left < _LEAST_LEFT:
+                break
             if order > len(last):
                 continue
-            kind: Hashable
-            if source == "successors":
-                known = self.successors.after(last[-1])
-                if known is None:
-                    continue
-                for rank, (token, level) in enumerate(zip(*known, strict=True)):
-                    if token in seen:
-                        continue
-                    kind = (source, rank, level, min(len(seen), 3))
-                    probability = rate(kind)
-                    seen.add(token)
-                    found.append((token, left * probability, kind))
-                    left *= 1.0 - probability
+            if source == "heads":
+                if advice is not None:
+                    for token in advice.probabilities:
+                        add(token, (source, min(len(seen), 3)))
+            elif source == "successors":
+                for rank, (token, level) in enumerate(
+                    zip(*self.successors.after(last[-1]), strict=True)
+                ):
+                    add(token, (source, rank, level, min(len(seen), 3)))
             else:
                 table = row.text if source == "text" else self.history
                 following = table.after(last[len(last) - order :])
+                width = min(len(following) // 2, 3)
                 for i in range(0, len(following), 2):
-                    token = following[i]
-                    if token in seen:
-                        continue
-                    times, width = min(following[i + 1], 3), min(len(following) // 2, 3)
-                    kind = (source, order, i, times, width, bool(seen))
-                    probability = rate(kind)
-                    seen.add(token)
-                    found.append((token, left * probability, kind))
-                    left *= 1.0 - probability
-            if left < _LEAST_LEFT:
-                break
+                    times = min(following[i + 1], 3)
+                    add(following[i], (source, order, i, times, width, bool(seen)))
         return found

@@ -76,6 +76,7 @@ class ContextTable:
 
 
 _NOTHING: list[int] = []
+_NO_SUCCESSORS: tuple[list[int], list[int]] = ([], [])
 
 
 class SuccessorTable:
@@ -103,9 +104,9 @@ class SuccessorTable:
         """Replace the successors of a token, likeliest first, and their `probability_levels`."""
         self._successors[token] = (successors, levels)
 
-    def after(self, token: int) -> tuple[list[int], list[int]] | None:
-        """Successors and levels, or None. Not to be changed."""
-        return self._successors.get(token)
+    def after(self, token: int) -> tuple[list[int], list[int]]:
+        """Successors and levels, none of an unknown token. Not to be changed."""
+        return self._successors.get(token, _NO_SUCCESSORS)
 
     def save(self, path: Path) -> None:
         """Write the table to a file."""
@@ -192,13 +193,16 @@ class HitRates:
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._rates)
 
-    def rate(self, kind: Hashable) -> float:
-        """How often guesses of this kind were right."""
+    def rate(self, kind: Hashable, prior: float | None = None) -> float:
+        """How often guesses of this kind were right; `prior` stands in for the table's own."""
         known = self._rates.get(kind)
-        return self._prior if known is None else known[0]
+        if known is None:
+            known = self._rates[kind] = [self._prior if prior is None else prior, self._weight]
+        return known[0]
 
     def learn(self, kind: Hashable, hit: bool) -> None:
         """Count a guess."""
-        known = self._rates.setdefault(kind, [self._prior, self._weight])
+        self.rate(kind)
+        known = self._rates[kind]
         known[1] = min(known[1] + 1.0, self._memory)
         known[0] += (hit - known[0]) / known[1]

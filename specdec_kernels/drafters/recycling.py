@@ -51,11 +51,11 @@ class TokenRecyclingDrafter(RowDrafter):
             if parent not in place or place[parent][1] >= max_depth:
                 continue
             hangs_on, depth = place[parent]
-            known = self.successors.after(tokens[hangs_on])
-            if known is None or rank >= len(known[0]):
+            successors, _ = self.successors.after(tokens[hangs_on])
+            if rank >= len(successors):
                 continue
             place[node] = (len(tokens), depth + 1)
-            tokens.append(known[0][rank])
+            tokens.append(successors[rank])
             parents.append(hangs_on)
         return tokens[1:], parents[1:]
 
