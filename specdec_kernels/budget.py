@@ -83,6 +83,7 @@ class Budget:
         self._rest = 0  # steps still to rest
         self._next_rest = 1
         self._has_chosen = False
+        self._rate = 0.0  # tokens per unit that the last choice promises
         self._gain = 1.0  # running mean of accepted draft tokens per row, of trees not chosen here
 
     def rests(self) -> bool:
@@ -111,11 +112,18 @@ class Budget:
             rate = tokens / (self.cost(batch * (extra + 2)) + self._draft_cost)
             if rate > max(best, plain):
                 best, size = rate, extra + 2
+        self._rate = max(best, plain)
         self._promised *= _MEMORY
         self._accepted *= _MEMORY
         self._promised += sum(sum(row[: size - 1]) for row in scores)
         self._note_idle(size == 1)
         return size
+
+    def pays(self, tokens: float, seconds: float) -> bool:
+        """Whether so many more accepted tokens are worth so much more draft time, at the speed that
+        the last choice promised.
+        """
+        return self._unit is None or tokens >= seconds / self._unit * self._rate
 
     def record(
         self,

@@ -216,3 +216,12 @@ def test_totals_are_sums_over_calls() -> None:
     assert totals.tokens_per_step == 30 / 18 and totals.draft_seconds == 1.5
     assert totals.num_failures == 60 and totals.as_dict()["acceptance_by_depth"] == [1.0]
     json.dumps(totals.as_dict())
+
+
+def test_drafting_longer_pays_by_the_speed_that_was_promised() -> None:
+    budget = Budget(CostCurve((1, 2), (1.0, 1.5)))
+    assert budget.pays(0.0, 1e9), "nothing was measured yet"
+    budget.choose([[0.8]])  # 1.8 tokens in 1.5 units
+    for _ in range(3):
+        budget.record(batch=1, nodes=1, num_accepted=0, forward_seconds=0.01, draft_seconds=0.0)
+    assert budget.pays(0.6, 0.0049) and not budget.pays(0.6, 0.0051)

@@ -147,7 +147,7 @@ class Checked(DraftNetwork):
 
 def _drafter(network: DraftNetwork, tree: str) -> Drafter:
     if tree == "merged":
-        return AutoDrafter(24, heads=network, heads_depth=3, heads_width=3, least_asked=0.0)
+        return AutoDrafter(24, heads=network, heads_depth=3, heads_width=3)
     return ModelDrafter(network, TREES[tree])
 
 
@@ -373,3 +373,21 @@ def test_features_of_layers_that_the_target_lacks_are_refused(tmp_path: Path) ->
     (row,) = random_prompts((5,), VOCAB)
     with pytest.raises(ValueError, match=r"come from the layers \[2, 1, -1\], it has 2"):
         make_tiny_model(2).generate(**left_pad([row]), max_new_tokens=3, custom_generate=decoder)
+
+
+@pytest.mark.parametrize("name", ["medusa", "speculator", "eagle-3"])
+def test_heads_see_the_features_of_compiled_steps(target, rows, saved, name: str) -> None:
+    inputs = left_pad(rows)
+    steps = []
+    for compiled in (False, "eager"):
+        decoder = SpeculativeDecoder(
+            _drafter(load_heads(saved[name][0]), "top-k"), budget=False, compile=compiled
+        )
+        output = target.generate(
+            **inputs, max_new_tokens=NEW, do_sample=False, custom_generate=decoder
+        )
+        want = [greedy(target, row, NEW)[len(row) :] for row in rows]
+        assert output[:, inputs["input_ids"].shape[1] :].tolist() == want
+        steps.append((decoder.stats.num_steps, decoder.stats.num_accepted))
+        assert not decoder.stats.num_failures
+    assert steps[0] == steps[1], "drafts from the same features are the same"

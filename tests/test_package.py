@@ -74,6 +74,7 @@ def test_the_wheel_installs_one_top_level_package(tmp_path: Path) -> None:
         "_C.so",
         "py.typed",
         "bench/prompts.jsonl",
+        "weights/smollm2-135m-instruct-eagle/model.safetensors",
         "triton_kernels/__init__.py",
         "cli.py",
     ):

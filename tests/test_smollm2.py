@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -19,7 +21,10 @@ from specdec_kernels import (
     PromptLookupDrafter,
     SpeculativeDecoder,
 )
-from specdec_kernels.drafters import DRAFTERS, make_drafter
+from specdec_kernels.drafters import DRAFTERS, SHIPPED, make_drafter
+from specdec_kernels.drafters.shipped import FINGERPRINT, FOLDER, fingerprint, shipped_folder_for
+from specdec_kernels.hf.features import HFTargetView
+from specdec_kernels.hf.target import HFTarget
 
 NEW = 96
 NEAR_TIE = 0.25  # logits: a few bfloat16 steps at the size of a top logit
@@ -91,7 +96,7 @@ def _batches(num_prompts: int, batch: int) -> list[list[int]]:
     return [[i % num_prompts for i in range(start, start + batch)] for start in starts]
 
 
-KINDS = ("oracle", *(name for name in DRAFTERS if name != "none"))
+KINDS = ("oracle", *SHIPPED, *(name for name in DRAFTERS if name != "none"))
 DRAFTS = [(kind, nodes) for nodes in (70, 8, 32) for kind in KINDS]
 
 
@@ -195,3 +200,37 @@ def test_bf16_parts_from_generate_only_at_near_ties(
         f"top-2 gaps there, logits: {sorted(round(g, 3) for g in gaps)}"
     )
     assert all(gap <= NEAR_TIE for gap in gaps), gaps
+
+
+def test_shipped_heads_know_their_target_in_any_dtype(smollm2) -> None:
+    model, _ = smollm2
+    for dtype in (torch.float32, torch.bfloat16):
+        view = HFTargetView(HFTarget(copy.deepcopy(model).to(dtype), 1))
+        found = shipped_folder_for(view)
+        assert found is not None and found.name == SHIPPED["mlp"]
+        assert fingerprint(view) == json.loads((found / "config.json").read_text())[FINGERPRINT]
+    with torch.no_grad():  # a tuned model is another one
+        view.target.model.get_input_embeddings().weight[0, 0] += 0.5
+    assert shipped_folder_for(view) is None
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_heads_are_what_their_card_says(name: str) -> None:
+    folder = FOLDER / SHIPPED[name]
+    card = (folder / "README.md").read_text("utf-8")
+    weights = (folder / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() in card and "Apache-2.0" in card
+    facts = json.loads((folder / "training.json").read_text("utf-8"))
+    assert f"{facts['steps']} steps" in card and len(facts["curve"]) == facts["steps"]
+    total = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
+    assert total <= 16 * 2**20
+
+
+def test_auto_merges_the_shipped_heads(model, prompts, truth) -> None:
+    """More tokens per step than from the text alone."""
+    chosen = list(range(6))
+    steps = [
+        _assert_equal(model, prompts, truth, chosen, AutoDrafter(32, heads=heads))
+        for heads in (None, "shipped")
+    ]
+    assert steps[1] > 1.05 * steps[0], steps

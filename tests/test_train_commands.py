@@ -139,4 +139,4 @@ def test_the_commands_write_weights_that_load_and_their_cards(
         facts = json.loads((folder / "training.json").read_text())
         for i, share in enumerate(facts["held_out"]["hit_rate"], 1):
             assert f"| {i} | {share:.3f} |" in card
-        assert "bench.jsonl" in card and "Licence: (to be filled in" in card
+        assert "bench.jsonl" in card and "Licence: to be filled in" in card

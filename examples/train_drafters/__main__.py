@@ -37,6 +37,7 @@ Exclude = Annotated[
     list[Path] | None,
     typer.Option(exists=True, help="JSON lines with turns that must not be learned; repeatable."),
 ]
+Licence = Annotated[str, typer.Option(help="Of the weights, for their card.")]
 FOLDER = Path("results/drafters")
 CORPUS = "corpus"
 
@@ -74,6 +75,7 @@ def _add_command(
         draft_vocab: DraftVocab = vocab,
         depths: Depths = ahead,
         exclude: Exclude = None,
+        licence: Licence = "to be filled in; mind the target's own",
     ) -> None:
         target = _load(model, dtype)
         network = target.model.requires_grad_(False)
@@ -85,7 +87,7 @@ def _add_command(
         ids = examples.frequent_tokens(draft_vocab, view.vocab_size)
         system = make(view, ids, folder / name, depths)
         facts = train(system, examples, folder / name, Schedule(epochs, rate))
-        write_card(folder / name, name, model, paths, facts)
+        write_card(folder / name, name, model, licence, paths, facts)
         shares = ", ".join(f"{share:.1%}" for share in facts["held_out"]["hit_rate"])
         typer.echo(f"{folder / name}: right first guesses by depth on held-out text: {shares}")
 

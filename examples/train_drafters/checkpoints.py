@@ -27,7 +27,7 @@ Drafts for {model} (hidden size {hidden_size}, vocabulary {vocab_size}) and no o
   `training.json`.
 - {parameters} parameters. Draft vocabulary: the {draft_vocab} most frequent tokens of the answers.
 - `{file}`: sha256 `{digest}`
-- Licence: (to be filled in; the target's own is that of {model})
+- Licence: {licence}
 
 How often the likeliest draft token is the target's likeliest one, where the tokens before it are
 given, on {num_held_out} conversations that were not learned:
@@ -56,7 +56,12 @@ def write_checkpoint(
 
 
 def write_card(
-    folder: Path, kind: str, model: str, excluded: Sequence[Path], facts: Mapping[str, Any]
+    folder: Path,
+    kind: str,
+    model: str,
+    licence: str,
+    excluded: Sequence[Path],
+    facts: Mapping[str, Any],
 ) -> None:
     """Write `README.md` beside the weights.
 
@@ -64,6 +69,7 @@ def write_card(
         folder: of the weights.
         kind: of drafter.
         model: the target's name.
+        licence: of the weights.
         excluded: files whose texts were not learned.
         facts: what `training.train` reports.
     """
@@ -72,6 +78,7 @@ def write_card(
     text = _CARD.format(
         kind=kind,
         model=model,
+        licence=licence,
         excluded=", ".join(path.name for path in excluded) or "no file",
         file=TENSORS,
         digest=hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest(),

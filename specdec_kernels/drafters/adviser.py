@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,12 @@ class Adviser:
         depth: levels that it computes.
         width: most nodes of a level.
         num_tokens: candidates of a node.
+
+    Attributes:
+        start_seconds, seconds: what a call of `start` and of `extend` take of late.
     """
+
+    start_seconds = seconds = 0.0
 
     def __init__(
         self, network: DraftNetwork, depth: int = 4, width: int = 3, num_tokens: int = 8
@@ -70,12 +76,18 @@ class Adviser:
 
     def start(self, context: DraftContext) -> list[Advice]:
         """Of the root of each row."""
+        begun = time.perf_counter()
         self._vocab_size = context.vocab_size
-        return [row[0] for row in self._advice(self.network.start(context)[:, None])]
+        advice = [row[0] for row in self._advice(self.network.start(context)[:, None])]
+        self.start_seconds = _of_late(self.start_seconds, time.perf_counter() - begun)
+        return advice
 
     def extend(self, level: Level) -> list[list[Advice]]:
         """Of the next nodes of each row, as in `DraftNetwork.extend`; padding has some, too."""
-        return self._advice(self.network.extend(level))
+        begun = time.perf_counter()
+        advice = self._advice(self.network.extend(level))
+        self.seconds = _of_late(self.seconds, time.perf_counter() - begun)
+        return advice
 
     def _advice(self, logits: Tensor) -> list[list[Advice]]:
         logits = logits[..., : self._vocab_size]
@@ -91,3 +103,8 @@ class Adviser:
         return [list(rows[b * columns : (b + 1) * columns]) for b in range(batch)]
 
     _vocab_size: int
+
+
+def _of_late(before: float, now: float) -> float:
+    """The least of a slowly growing bound: other processes only ever make a call longer."""
+    return now if before == 0 else min(now, before * 1.05)

@@ -22,8 +22,14 @@ SOURCES = ("text", "history", "successors")
 _LEAST_LEFT = 0.01
 """Candidates of a node end where so little probability is left for others."""
 
-_UNKNOWN = 0.3
-"""How often guesses are right that heads know nothing of, before it was counted."""
+_ADVANTAGE = 0.3
+"""How much likelier the next token is guessed at a node that heads have judged."""
+_PRIOR = {"text": (0.1, 0.4, 0.55, 0.7), "history": (0.05, 0.15, 0.2, 0.3)}
+"""How often guesses of a source and suffix length, 4 and more alike, are right before they were
+counted: about what SmolLM2's own conversations gave. Later guesses of a node half as often.
+"""
+_SUCCESSOR, _PER_LEVEL = 0.35, 0.72
+"""The same of the successors: of the surest ones, and how much less each level."""
 
 Candidate = tuple[int, float, Hashable]
 """Token, probability after its parent, and the kind of guess that it is."""
@@ -85,7 +91,7 @@ class AutoDrafter(Drafter):
             candidate of its own, and tells the other guesses apart. "shipped": the package's own,
             if it has some that were trained for the target; None asks nobody.
         heads_depth, heads_width: levels that it is asked for, and most nodes of each.
-        least_asked: no level is asked whose likeliest nodes have less probability together.
+            With a budget, only while their answers are worth the time that they take.
 
     Source: suffix decoding, Oliaro et al., 2411.04975; token recycling, Luo et al., 2408.08696;
         backing off as in prediction by partial matching (Cleary and Witten, 1984).
@@ -106,7 +112,6 @@ class AutoDrafter(Drafter):
         heads: DraftNetwork | Literal["shipped"] | None = "shipped",
         heads_depth: int = 4,
         heads_width: int = 3,
-        least_asked: float = 0.3,
     ) -> None:
         name = type(self).__name__
         check_max_nodes(name, max_nodes)
@@ -132,7 +137,6 @@ class AutoDrafter(Drafter):
         self._adviser: Adviser | None = None
         if isinstance(heads, DraftNetwork):
             self._adviser = Adviser(heads, *self._heads_size)
-        self.least_asked = least_asked
         self._chain = self._order_of_asking()
         self._rows: list[_Row] = []
 
@@ -237,10 +241,12 @@ class AutoDrafter(Drafter):
         deepest: Sequence[int],
     ) -> None:
         """Have the adviser judge the root of each row, then the likeliest nodes of each level."""
+        nodes = [[root] if root is not None else [] for root in roots]
+        if not self._is_worth_asking(adviser.start_seconds, context, nodes):
+            return
         for root, advice in zip(roots, adviser.start(context), strict=True):
             if root is not None:
                 root.advice = advice
-        nodes = [[root] if root is not None else [] for root in roots]
         counts = [0] * len(nodes)
         for depth in range(1, adviser.depth):
             for b, (row, above) in enumerate(zip(self._rows, nodes, strict=True)):
@@ -250,10 +256,8 @@ class AutoDrafter(Drafter):
                     if depth < deepest[b]
                     for child in self._children(row, node)
                 ]
-                below = heapq.nlargest(adviser.width, below, key=lambda node: node.score)
-                is_likely = sum(node.score for node in below) >= self.least_asked
-                nodes[b] = below if is_likely else []
-            if not any(nodes):
+                nodes[b] = heapq.nlargest(adviser.width, below, key=lambda node: node.score)
+            if not any(nodes) or not self._is_worth_asking(adviser.seconds, context, nodes):
                 return
             level = []
             for b, row_nodes in enumerate(nodes):
@@ -264,6 +268,14 @@ class AutoDrafter(Drafter):
             for row_nodes, row_advice in zip(nodes, adviser.extend(level), strict=True):
                 for node, advice in zip(row_nodes, row_advice, strict=False):
                     node.advice = advice
+
+    def _is_worth_asking(
+        self, seconds: float, context: DraftContext, nodes: Sequence[Sequence[_Node]]
+    ) -> bool:
+        if context.budget is None:
+            return True
+        reached = sum(node.score for row in nodes for node in row)
+        return context.budget.pays(_ADVANTAGE * reached, seconds)
 
     def _grow(
         self, row: _Row, root: _Node, deepest: int
@@ -310,14 +322,13 @@ class AutoDrafter(Drafter):
         seen: set[int] = set()
         left, refuted = 1.0, 0.0
 
-        def add(token: int, kind: tuple[Hashable, ...]) -> None:
+        def add(token: int, kind: tuple[Hashable, ...], prior: float) -> None:
             nonlocal left, refuted
             if token in seen:
                 return
-            prior = None
-            if advice is not None:
+            if advice is not None:  # wrong only if both are
                 share = advice.share(token, refuted)
-                prior = share if kind[0] == "heads" else (share + _UNKNOWN) / 2
+                prior = 1.0 - (1.0 - prior) * (1.0 - share)
                 kind = (*kind, level_of(share))
                 refuted += advice.probabilities.get(token, 0.0)
             probability = self.rates.rate(kind, prior)
@@ -333,17 +344,19 @@ class AutoDrafter(Drafter):
             if source == "heads":
                 if advice is not None:
                     for token in advice.probabilities:
-                        add(token, (source, min(len(seen), 3)))
+                        add(token, (source, min(len(seen), 3)), 0.0)
             elif source == "successors":
                 for rank, (token, level) in enumerate(
                     zip(*self.successors.after(last[-1]), strict=True)
                 ):
-                    add(token, (source, rank, level, min(len(seen), 3)))
+                    prior = _SUCCESSOR * _PER_LEVEL**level
+                    add(token, (source, rank, level, min(len(seen), 3)), prior)
             else:
                 table = row.text if source == "text" else self.history
                 following = table.after(last[len(last) - order :])
                 width = min(len(following) // 2, 3)
+                prior = _PRIOR[source][min(order, 4) - 1]
                 for i in range(0, len(following), 2):
-                    times = min(following[i + 1], 3)
-                    add(following[i], (source, order, i, times, width, bool(seen)))
+                    kind = (source, order, i, min(following[i + 1], 3), width, bool(seen))
+                    add(following[i], kind, prior * 0.5 ** bool(seen))
         return found
