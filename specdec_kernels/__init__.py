@@ -43,7 +43,7 @@ from .statistics import Acceptance, DecodeStats, TotalStats
 from .tree import DraftKind, Proposal, TokenTree
 
 if TYPE_CHECKING:
-    from .hf import SpeculativeDecoder, generate
+    from .hf.generate import SpeculativeDecoder, generate
 
 __version__ = "0.1.0"
 __all__ = [

@@ -69,6 +69,12 @@ def layout_for(dtype: torch.dtype) -> Layout | None:
     return OneDnn if dtype in supported and supported[dtype]() else None
 
 
+def layout_of(weight: Tensor) -> Layout | None:
+    """The layout that this weight is worth packing into, if there is one."""
+    is_here = weight.device.type == "cpu" and weight.numel() > 0
+    return layout_for(weight.dtype) if is_here else None
+
+
 class PackedWeights:
     """Packed copies of weights on the CPU, each made when its weight is first multiplied."""
 
@@ -79,7 +85,7 @@ class PackedWeights:
         """input [..., F] weight^T + bias [..., U]; the weight of a name must not be edited in
         place.
         """
-        layout = layout_for(weight.dtype) if weight.device.type == "cpu" else None
+        layout = layout_of(weight)
         is_plain = input.dtype == weight.dtype and input.dim() > 1 and input.numel() > 0
         if layout is None or not is_plain or torch.is_grad_enabled():
             return linear(input, weight, bias)

@@ -98,6 +98,7 @@ def test_generate_writes_the_tokens_of_generate(
         ["--drafter", "draft", "--draft-model", "FOLDER", "--depth", "3", "--width", "2"],
         ["--drafter", "draft", "--draft-model", "FOLDER", "--tree", "1-1-1"],
         ["--drafter", "heads", "--heads", "HEADS", "--max-nodes", "6"],
+        ["--drafter", "auto", "--heads", "HEADS", "--max-nodes", "6"],
     ],
 )
 def test_networks_draft_on_the_command_line(
@@ -245,6 +246,15 @@ def test_a_low_terminal_shows_the_text_alone() -> None:
         (
             ["generate", "--prompt", "a", "--drafter", "heads", "--heads", "/absent"],
             r"/absent: no such folder",
+        ),
+        (["generate", "--prompt", "a", "--heads", "/absent"], r"/absent: no such folder"),
+        (
+            ["generate", "--prompt", "a", "--drafter", "mlp", "--heads", "/absent"],
+            r"--drafter mlp does not take --heads",
+        ),
+        (
+            ["generate", "--prompt", "a", "--drafter", "eagle"],
+            r"weights/smollm2-135m-instruct-eagle: these heads are for a hidden size of 576",
         ),
         (["generate", "--prompt", "a", "--model", "/absent"], r"cannot load '/absent'"),
         (["generate", "--prompt", "a", "--bogus"], r"No such option: --bogus"),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import layouts
+from ..layouts import Layout, layout_of
 
 _MOST_OF_FREE = 0.5
 """Unasked, packed copies take at most this share of the free memory."""
@@ -50,15 +50,14 @@ def _packable_in(model: nn.Module, compiled: bool) -> Iterator[nn.Linear]:
         if type(module) is not nn.Linear or "forward" in module.__dict__:
             continue
         weight = module.weight
-        is_plain = type(weight.data) is Tensor and weight.device.type == "cpu"
-        layout = layouts.layout_for(weight.dtype) if is_plain and weight.numel() > 0 else None
+        layout = layout_of(weight) if type(weight.data) is Tensor else None
         if layout is not None and (layout.is_tensor or not compiled):
             yield module
 
 
-def _layout_of(linear: nn.Linear) -> layouts.Layout:
+def _layout_of(linear: nn.Linear) -> Layout:
     """Of a layer that is packable."""
-    layout = layouts.layout_for(linear.weight.dtype)
+    layout = layout_of(linear.weight)
     assert layout is not None
     return layout
 
