@@ -155,16 +155,34 @@ def test_hit_rates_approach_the_frequency_and_forget() -> None:
     assert rates.rate("x") > 0.9
 
 
+class Generous(Budget):
+    """Trees as large as they can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores: list[Sequence[float]] = []
+
+    def choose(self, scores: Sequence[Sequence[float]]) -> int:
+        self.scores += scores
+        return 16
+
+
+def _context(text: Sequence[int], max_depth: int, budget: Budget | None = None) -> DraftContext:
+    sampling = SamplingParams(torch.tensor([0]), torch.tensor([0.0]))
+    return DraftContext([text], [True], [max_depth], torch.device("cpu"), VOCAB, sampling, budget)
+
+
 def test_the_tree_holds_the_continuation_of_the_longest_suffix_first() -> None:
     drafter = AutoDrafter(3, sources=("text",))
     drafter.begin(1)
-    row = drafter._rows[0]
-    sequence = [7, 1, 2, 5, 6, 9, 2, 8, 1, 2]
-    drafter._index(row, sequence)
-    tokens, parents, scores = drafter._grow(row, sequence, 10)
-    assert tokens[0] == 5 and parents[0] == 0, "after 1 2 came 5, after 2 alone came 8"
-    assert scores == sorted(scores, reverse=True) and len(tokens) == 2
-    assert drafter._grow(row, sequence, 0) == ([], [], [])
+    budget = Generous()
+    tree = drafter.propose(_context([7, 1, 2, 5, 6, 9, 2, 8, 1, 2], 10, budget)).tree
+    assert tree.tokens[0, :2].tolist() == [2, 5], "after 1 2 came 5, after 2 alone came 8"
+    assert tree.parents[0, 1] == 0
+    (scores,) = budget.scores
+    assert scores == sorted(scores, reverse=True) and len(scores) == 2
+    tree = drafter.propose(_context([7, 1, 2, 5, 6, 9, 2, 8, 1, 2], 0)).tree
+    assert tree.num_nodes.tolist() == [1]
 
 
 def test_a_fixed_tree_is_filled_with_successors() -> None:
@@ -280,15 +298,12 @@ def test_heads_that_lie_are_soon_not_believed(tiny_model, rows) -> None:
     assert sum(misled) <= sum(alone) + 3
 
 
-class Stingy(Budget):
-    """Trees as large as they can be; asking pays so many times."""
+class Stingy(Generous):
+    """Asking pays so many times."""
 
     def __init__(self, num_paid: int) -> None:
         super().__init__()
         self.num_paid, self.offers = num_paid, []
-
-    def choose(self, scores: Sequence[Sequence[float]]) -> int:
-        return 16
 
     def pays(self, tokens: float, seconds: float) -> bool:
         self.offers.append((tokens, seconds))
@@ -302,10 +317,8 @@ def test_heads_are_asked_while_the_budget_pays(num_paid: int) -> None:
     network = Prophet([text])
     drafter = AutoDrafter(16, heads=network, heads_depth=4)
     drafter.begin(1)
-    sampling = SamplingParams(torch.tensor([0]), torch.tensor([0.0]))
     budget = Stingy(num_paid)
-    context = DraftContext([text[:5]], [True], [20], torch.device("cpu"), VOCAB, sampling, budget)
-    tree = drafter.propose(context).tree
+    tree = drafter.propose(_context(text[:5], 20, budget)).tree
     depth = min(num_paid, 4)
     assert len(network.asked) == depth
     path = tree.tokens[0].tolist()
