@@ -98,7 +98,7 @@ def test_generate_writes_the_tokens_of_generate(
         ["--drafter", "draft", "--draft-model", "FOLDER", "--depth", "3", "--width", "2"],
         ["--drafter", "draft", "--draft-model", "FOLDER", "--tree", "1-1-1"],
         ["--drafter", "heads", "--heads", "HEADS", "--max-nodes", "6"],
-        ["--drafter", "auto", "--heads", "HEADS", "--max-nodes", "6"],
+        ["--drafter", "auto", "--heads", "HEADS", "--no-budget"],
     ],
 )
 def test_networks_draft_on_the_command_line(
