@@ -18,8 +18,9 @@ from rich.console import Console
 from transformers.utils import logging
 
 import specdec_kernels
-from specdec_kernels import display
+from specdec_kernels import display, drafter_options
 from specdec_kernels.cli import main
+from specdec_kernels.drafters import MODEL_DRAFTERS, SHIPPED
 from specdec_kernels.hf.text import TextModel
 from specdec_kernels.statistics import DecodeStats
 
@@ -298,3 +299,7 @@ def test_ops_puts_the_record_alone_on_stdout(capsys: pytest.CaptureFixture[str])
     record = json.loads(out)
     assert {row["op"] for row in record["rows"]} == {"tree_mask"} and record["machine"]
     assert "tree_mask" in err and "ratio" in err
+
+
+def test_options_name_the_drafters_that_have_trees() -> None:
+    assert set(drafter_options._HAVE_TREES) == {*MODEL_DRAFTERS, *SHIPPED}

@@ -66,6 +66,17 @@ def test_an_interrupted_corpus_goes_on_to_the_same_one(
         assert 0 < len(conversation.tokens) - conversation.num_prompt <= corpus.MAX_ANSWER
 
 
+def test_two_writers_share_a_folder_and_neither_touches_the_other_s_shards(
+    bytes_target: TextModel, tmp_path: Path, short: None
+) -> None:
+    near = corpus.Writer(bytes_target, tmp_path).write(60)
+    far = corpus.Writer(bytes_target, tmp_path).write(60, 70)
+    assert far[0].name == "shard-00070.safetensors" and not set(near) & set(far)
+    assert corpus.shards(tmp_path) == [*near, *far]
+    assert corpus.read_shard(near[0]) != corpus.read_shard(far[0])
+    assert corpus.Writer(bytes_target, tmp_path).write(60, 70) == far
+
+
 def test_answers_end_with_the_first_of_several_end_tokens(
     bytes_target: TextModel, tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

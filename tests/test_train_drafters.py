@@ -61,7 +61,7 @@ def texts(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     conversations = [Conversation(row, PROMPT) for row in rows]
     corpus.save_shard(conversations[:3], folder / "shard-00000.safetensors")
     corpus.save_shard(conversations[3:], folder / "shard-00001.safetensors")
-    features.compute(model, folder)
+    features.compute(model, corpus.shards(folder))
     return folder
 
 
@@ -101,13 +101,13 @@ def test_targets_that_drafters_cannot_learn_from_are_refused(texts: Path, tmp_pa
         (texts / "shard-00000.safetensors").read_bytes()
     )
     with pytest.raises(ValueError, match="must have at least 3 layers"):
-        features.compute(make_tiny_model(2), tmp_path)
+        features.compute(make_tiny_model(2), corpus.shards(tmp_path))
     config = GraniteConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=3,
         num_attention_heads=2, num_key_value_heads=2, logits_scaling=4.0,
     )  # fmt: skip
     with pytest.raises(ValueError, match="scales or caps the logits"):
-        features.compute(GraniteForCausalLM(config).eval(), tmp_path)
+        features.compute(GraniteForCausalLM(config).eval(), corpus.shards(tmp_path))
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])
@@ -269,7 +269,7 @@ def test_bfloat16_targets_train_under_autocast_to_about_the_same(
     for path in corpus.shards(texts):
         (folder / path.name).write_bytes(path.read_bytes())
     rounded = make_tiny_model(LAYERS).requires_grad_(False).bfloat16()
-    features.compute(rounded, folder)
+    features.compute(rounded, corpus.shards(folder))
     curves, schedule = [], Schedule(epochs=8, rate=1e-2)
     for number, (whose, where) in enumerate(((model, texts), (rounded, folder))):
         examples = features.Examples(where)

@@ -59,8 +59,8 @@ def write_corpus(
 ) -> None:
     """Let the target write conversations, and compute its features for them."""
     target = _load(model, dtype)
-    corpus.Writer(target, folder / CORPUS).write(tokens, first_shard)
-    features.compute(target.model, folder / CORPUS)
+    written = corpus.Writer(target, folder / CORPUS).write(tokens, first_shard)
+    features.compute(target.model, written)  # other processes compute those of theirs
 
 
 def _add_command(

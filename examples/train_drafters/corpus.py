@@ -76,13 +76,17 @@ class Writer:
         if not found:
             raise ValueError(f"{target.name}: its chat template leaves the user's turn out")
 
-    def write(self, num_tokens: int, first: int = 0) -> None:
+    def write(self, num_tokens: int, first: int = 0) -> list[Path]:
         """Add shards until those from number `first` on, without a gap, hold so many tokens.
 
         Processes that write far apart write different conversations, each by itself.
+
+        Returns:
+            those shards.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         earlier: list[Conversation] = []
+        written: list[Path] = []
         count = 0
         with Progress() as progress:
             task = progress.add_task("tokens", total=num_tokens)
@@ -92,9 +96,11 @@ class Writer:
                 path = self.folder / f"shard-{shard:05d}.safetensors"
                 if not path.exists():
                     save_shard(self._shard(shard, earlier), path)
+                written.append(path)
                 earlier += read_shard(path)
                 count = sum(len(c.tokens) for c in earlier)
                 progress.update(task, completed=min(count, num_tokens))
+        return written
 
     def _shard(self, shard: int, earlier: Sequence[Conversation]) -> list[Conversation]:
         """Every `CYCLE`th asks about earlier answers; half of all answers are greedy."""

@@ -52,13 +52,13 @@ class Batch:
 _FEATURES = ("inputs", "hidden", "logsumexp", "best")
 
 
-def compute(model: Any, folder: Path) -> None:
-    """Write the features of every shard that has none yet.
+def compute(model: Any, shards: Sequence[Path]) -> None:
+    """Write the features of those shards that have none yet.
 
     Raises:
         ValueError: a model with too few layers, or whose logits are not its output head's alone.
     """
-    missing = [path for path in corpus.shards(folder) if not _features_of(path).exists()]
+    missing = [path for path in shards if not _features_of(path).exists()]
     if missing:
         _check(model, corpus.read_shard(missing[0])[0].tokens)
     with packed_linears(model):

@@ -52,9 +52,7 @@ class Adviser:
 
     start_seconds = seconds = 0.0
 
-    def __init__(
-        self, network: DraftNetwork, depth: int = 4, width: int = 3, num_tokens: int = 8
-    ) -> None:
+    def __init__(self, network: DraftNetwork, depth: int, width: int, num_tokens: int = 8) -> None:
         if min(depth, width, num_tokens) < 1:
             raise ValueError(
                 "Adviser: depth, width and num_tokens must be >= 1, "

@@ -90,8 +90,8 @@ class AutoDrafter(Drafter):
         heads: a network that is asked at the likeliest nodes of each level. What it says is a
             candidate of its own, and tells the other guesses apart. "shipped": the package's own,
             if it has some that were trained for the target; None asks nobody.
-        heads_depth, heads_width: levels that it is asked for, and most nodes of each.
-            With a budget, only while their answers are worth the time that they take.
+        heads_depth, heads_width: levels that it is asked for, and most nodes of each; with a
+            budget, only while the answers are worth the time that they take.
 
     Source: suffix decoding, Oliaro et al., 2411.04975; token recycling, Luo et al., 2408.08696;
         backing off as in prediction by partial matching (Cleary and Witten, 1984).
