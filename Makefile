@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 export SPECDEC_WERROR := ON
 
-.PHONY: help setup demo test lint fmt bench bench-gpu bench-pytest train-corpus train-eagle train-mlp-speculator train-medusa
+.PHONY: help setup demo test lint fmt bench bench-gpu bench-pytest train-corpus train-eagle train-mlp-speculator train-medusa train-draft
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-22s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ train-mlp-speculator: setup ## train an MLP speculator on it
 
 train-medusa: setup ## train Medusa heads on it
 	$(TRAIN) medusa $(EXCLUDE) $(ARGS)
+
+train-draft: setup ## train a small draft model on it
+	$(TRAIN) draft $(EXCLUDE) $(ARGS)
 
 $(TORCH_STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

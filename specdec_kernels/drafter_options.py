@@ -112,12 +112,11 @@ class DrafterOptions:
 
     def _network(self, subject: TextModel) -> DraftNetwork:
         from .drafters import load_heads, shipped_heads
-        from .hf import DraftModel, EarlyExitModel
-        from .hf.text import TextModel
+        from .hf import EarlyExitModel, load_draft_model
 
         if self.draft_model is not None:
-            draft = TextModel(self.draft_model, dtype=subject.dtype)
-            return DraftModel(draft.model, tokenizers=(subject.tokenizer, draft.tokenizer))
+            dtype = subject.model.dtype
+            return load_draft_model(self.draft_model, subject.tokenizer, dtype=dtype)
         if self.exit_layer is not None:
             return EarlyExitModel(self.exit_layer)
         return shipped_heads(self.name) if self.heads is None else load_heads(self.heads)

@@ -15,6 +15,7 @@ from corpus import Conversation
 from typer.testing import CliRunner
 
 from specdec_kernels import load_heads
+from specdec_kernels.hf import load_draft_model
 from specdec_kernels.hf.text import TextModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,13 +139,18 @@ def test_the_commands_write_weights_that_load_and_their_cards(
     assert "corpus" in run(app, []).output
     result = run(app, ["corpus", *target, "--tokens", "200"])
     assert result.exit_code == 0, result.output
-    for name in ("eagle", "mlp-speculator", "medusa"):
+    for name in ("eagle", "mlp-speculator", "medusa", "draft"):
         options = ["--epochs", "1", "--draft-vocab", "50", "--exclude", str(exclude)]
         result = run(app, [name, *target, *options])
         assert result.exit_code == 0, result.output
         assert "right first guesses by depth" in result.output
         folder = tmp_path / name
-        assert load_heads(folder).offsets is not None
+        network = (
+            load_draft_model(folder, bytes_target.tokenizer)
+            if name == "draft"
+            else load_heads(folder)
+        )
+        assert network.offsets is not None
         card = (folder / "README.md").read_text()
         assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() in card
         facts = json.loads((folder / "training.json").read_text())

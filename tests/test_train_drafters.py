@@ -17,10 +17,12 @@ import training
 from conftest import make_tiny_model
 from corpus import Conversation
 from distillation import cross_entropy, teacher_law
+from draft_model import Draft
 from eagle import Eagle
 from medusa import Medusa
 from mlp_speculator import Speculator
 from prompts import greedy, left_pad, random_prompts
+from safetensors.torch import load_file
 from torch import Tensor
 from training import Schedule, System, train
 from transformers import GraniteConfig, GraniteForCausalLM
@@ -33,13 +35,15 @@ from specdec_kernels import (
     load_heads,
 )
 from specdec_kernels.drafting import GREEDY
+from specdec_kernels.hf import load_draft_model
 from specdec_kernels.hf.features import HFTargetView
 from specdec_kernels.hf.target import HFTarget
 from specdec_kernels.shapes import PAD
 
-SYSTEMS = {"eagle": Eagle, "mlp-speculator": Speculator, "medusa": Medusa}
+SYSTEMS = {"eagle": Eagle, "mlp-speculator": Speculator, "medusa": Medusa, "draft": Draft}
 VOCAB, DRAFT_VOCAB, DEPTHS, LAYERS = 101, 60, 3, 7
 PROMPT, ANSWER = 7, 24
+NO_TOKENIZER: Any = None
 PROMPTS = random_prompts((PROMPT,) * 5, VOCAB, seed=5)
 
 
@@ -72,7 +76,14 @@ def examples(texts: Path) -> features.Examples:
 
 def _make(name: str, view: HFTargetView, examples: features.Examples, folder: Path) -> System:
     ids = examples.frequent_tokens(DRAFT_VOCAB, VOCAB)
-    return SYSTEMS[name](view, ids, folder, DEPTHS)
+    return SYSTEMS[name](view, ids, folder, 1 if name == "draft" else DEPTHS)
+
+
+def _load(name: str, folder: Path) -> Any:
+    """The network that was saved there."""
+    if name == "draft":
+        return load_draft_model(folder, NO_TOKENIZER, dtype=torch.float32)
+    return load_heads(folder)
 
 
 def test_features_are_the_targets_hidden_states(
@@ -183,12 +194,16 @@ def test_training_computes_what_the_heads_compute_when_they_draft(
     tokens = batch.tokens[0].tolist()
     with torch.no_grad():
         trained = [(out @ head.T)[0] for out, head in system.outputs(batch)]
-    network, watched = load_heads(tmp_path / "saved"), _Watched(model, batch)
+    trained *= DEPTHS // len(trained)
+    network, watched = _load(name, tmp_path / "saved"), _Watched(model, batch)
+    # Their numbers among the tokens; never one that the network drafted itself.
+    roots = (4, 8, 20) if name == "draft" else (4, 5, 8, 9, 20)
     num_checked = 0
     with torch.no_grad(), network.attach(watched):
         network.begin(1, DEPTHS)
-        for root in (4, 5, 8, 9, 20):  # its number among the tokens
-            watched.queue.known = root
+        for root in roots:
+            if name != "draft":
+                watched.queue.known = root
             context = DraftContext(
                 [tokens[: root + 1]], [True], [60], torch.device("cpu"), VOCAB,
                 GREEDY,
@@ -200,7 +215,7 @@ def test_training_computes_what_the_heads_compute_when_they_draft(
                 want = trained[depth][root - 1 + depth]
                 torch.testing.assert_close(own, want, atol=2e-3, rtol=1e-4)
                 num_checked += 1
-    assert num_checked == 5 * DEPTHS
+    assert num_checked == len(roots) * DEPTHS
     spread = torch.stack([rows[6:] for rows in trained]).std()
     assert float(spread) > 0.2
 
@@ -212,12 +227,12 @@ def test_positions_too_early_to_be_that_deep_in_a_draft_are_not_learned(
     system = _make(name, view, examples, tmp_path)
     (batch,) = examples.epoch([1], 0)
     every = replace(batch, is_answer=torch.ones_like(batch.is_answer))
-    later = replace(batch, is_answer=torch.arange(PROMPT + ANSWER)[None] >= DEPTHS + 1)
+    later = replace(batch, is_answer=torch.arange(PROMPT + ANSWER)[None] >= system.num_depths + 1)
     for some, fewer in zip(system.losses(every), system.losses(later), strict=True):
         assert torch.equal(some.loss, fewer.loss)
 
 
-@pytest.mark.parametrize("name", ["eagle", "mlp-speculator"])
+@pytest.mark.parametrize("name", ["eagle", "mlp-speculator", "draft"])
 def test_interrupted_training_resumes_to_the_same_weights(
     name: str,
     view: HFTargetView,
@@ -278,15 +293,15 @@ def test_bfloat16_targets_train_under_autocast_to_about_the_same(
         facts = train(system, examples, tmp_path / str(number), schedule)
         curves.append([loss for _, loss, *_ in facts["curve"]])
         assert all(p.dtype == torch.float32 for p in system.parameters.values())
-    saved: Any = load_heads(tmp_path / "1")
-    assert {weight.dtype for weight in saved.weights.values()} == {torch.bfloat16}
+    saved = load_file(tmp_path / "1" / "model.safetensors")
+    assert {w.dtype for w in saved.values() if w.is_floating_point()} == {torch.bfloat16}
     assert curves[1] == pytest.approx(curves[0], rel=0.1)
     assert curves[1][-1] < curves[1][0]
 
 
-def _accepted(model: Any, folder: Path, prompts: Sequence[Tensor]) -> int:
+def _accepted(name: str, model: Any, folder: Path, prompts: Sequence[Tensor]) -> int:
     """Accepted draft tokens, after a check that the text is what the model alone writes."""
-    decoder = SpeculativeDecoder(ModelDrafter(load_heads(folder), TopKTree(8, depth=DEPTHS)))
+    decoder = SpeculativeDecoder(ModelDrafter(_load(name, folder), TopKTree(8, depth=DEPTHS)))
     inputs = left_pad(list(prompts))
     output = model.generate(
         **inputs, max_new_tokens=ANSWER, do_sample=False, custom_generate=decoder
@@ -306,8 +321,11 @@ def test_training_makes_drafts_better_and_leaves_the_text_alone(
     assert losses[-1] < 0.6 * losses[0]
     assert json.loads((tmp_path / "training.json").read_text()) == facts
     assert facts["parameters"] == sum(p.numel() for p in system.parameters.values())
-    assert len(facts["held_out"]["loss"]) == len(facts["held_out"]["hit_rate"]) == DEPTHS
+    held_out = facts["held_out"]
+    assert len(held_out["loss"]) == len(held_out["hit_rate"]) == system.num_depths
     learned = [PROMPTS[i] for i in examples.learned]
-    before, after = (_accepted(model, path, learned) for path in (tmp_path / "initial", tmp_path))
+    before, after = (
+        _accepted(name, model, path, learned) for path in (tmp_path / "initial", tmp_path)
+    )
     assert after > 2 * before + 20
     report(f"{name}: {before} drafts accepted before training, {after} after")

@@ -11,6 +11,7 @@ import features
 import torch
 import typer
 from checkpoints import write_card
+from draft_model import Draft
 from eagle import Eagle
 from medusa import Medusa
 from mlp_speculator import Speculator
@@ -87,7 +88,7 @@ def _add_command(
         ids = examples.frequent_tokens(draft_vocab, view.vocab_size)
         system = make(view, ids, folder / name, depths)
         facts = train(system, examples, folder / name, Schedule(epochs, rate))
-        write_card(folder / name, name, model, licence, paths, facts)
+        write_card(folder / name, name, model, licence, paths, facts, system.use)
         shares = ", ".join(f"{share:.1%}" for share in facts["held_out"]["hit_rate"])
         typer.echo(f"{folder / name}: right first guesses by depth on held-out text: {shares}")
 
@@ -97,6 +98,7 @@ def _add_command(
 _add_command("eagle", Eagle, vocab=8192, ahead=5)
 _add_command("mlp-speculator", Speculator, vocab=3072, ahead=4)
 _add_command("medusa", Medusa, vocab=8192, ahead=4)
+_add_command("draft", Draft, vocab=8192, ahead=1)
 
 
 def _load(model: str, dtype: str) -> TextModel:

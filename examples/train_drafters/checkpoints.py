@@ -18,7 +18,7 @@ _CARD = """\
 # {kind} for {model}
 
 Drafts for {model} (hidden size {hidden_size}, vocabulary {vocab_size}) and no other target:
-`specdec generate --drafter heads --heads <this folder>`.
+`specdec generate {use} <this folder>`.
 
 - Data: {num_conversations} conversations, {num_tokens} tokens, which the target wrote itself.
   Left out: {num_dropped}, as copies or because they share {ngram} tokens in a row with a text
@@ -62,6 +62,7 @@ def write_card(
     licence: str,
     excluded: Sequence[Path],
     facts: Mapping[str, Any],
+    use: str,
 ) -> None:
     """Write `README.md` beside the weights.
 
@@ -72,6 +73,7 @@ def write_card(
         licence: of the weights.
         excluded: files whose texts were not learned.
         facts: what `training.train` reports.
+        use: the options of `specdec generate` that take it, but for the folder.
     """
     held_out = facts["held_out"]
     pairs = zip(held_out["hit_rate"], held_out["loss"], strict=True)
@@ -79,6 +81,7 @@ def write_card(
         kind=kind,
         model=model,
         licence=licence,
+        use=use,
         excluded=", ".join(path.name for path in excluded) or "no file",
         file=TENSORS,
         digest=hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest(),

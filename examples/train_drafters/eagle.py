@@ -11,13 +11,13 @@ import torch
 from checkpoints import write_checkpoint
 from features import Batch
 from torch import Tensor
-from training import System, later
+from training import HeadsSystem, later
 
 from specdec_kernels.drafters.eagle import Eagle3Head
 from specdec_kernels.hf.features import HFTargetView
 
 
-class Eagle(System):
+class Eagle(HeadsSystem):
     """The target's embeddings and the rows of its head are used, not trained.
 
     Args:

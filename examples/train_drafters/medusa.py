@@ -9,13 +9,13 @@ import torch
 from checkpoints import write_checkpoint
 from features import Batch
 from torch import Tensor
-from training import System, later
+from training import HeadsSystem, later
 
 from specdec_kernels.drafters.medusa import MedusaHeads
 from specdec_kernels.hf.features import HFTargetView
 
 
-class Medusa(System):
+class Medusa(HeadsSystem):
     """One residual block for each head, 0 at first; the last layers are the target's rows, which
     are not trained.
 

@@ -9,13 +9,13 @@ import torch
 from checkpoints import write_checkpoint
 from features import Batch
 from torch import Tensor
-from training import System, later
+from training import HeadsSystem, later
 
 from specdec_kernels.drafters.mlp_speculator import MLPSpeculator
 from specdec_kernels.hf.features import HFTargetView
 
 
-class Speculator(System):
+class Speculator(HeadsSystem):
     """Tied; its embeddings are the target's, its head begins as the target's rows.
 
     Args:

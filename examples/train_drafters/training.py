@@ -46,14 +46,69 @@ class System(ABC):
     """A drafter in training.
 
     Args:
-        heads: with initial weights.
-        config: of their checkpoint.
-        target: whom they draft for; not trained.
+        parameters: what is trained, by name: float32 leaves that need a gradient.
+        config: of its checkpoint.
+        target: whom it drafts for; not trained.
         ids: [U] int64 sorted, the draft vocabulary.
         num_depths: how deep the drafts are that it learns.
 
     Attributes:
-        parameters: what is trained, by name: float32.
+        ids: the draft vocabulary.
+        draft_ids: [V] int64, the draft id of each of the target's, PAD where it has none.
+        use: the options of `specdec generate` that take what was saved, but for its folder.
+    """
+
+    use = "--drafter heads --heads"
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        target: HFTargetView,
+        ids: Tensor,
+        num_depths: int,
+    ) -> None:
+        self.target, self.config, self.num_depths = target, config, num_depths
+        self.parameters = parameters
+        self.ids = ids.to(target.device)
+        self._rows = target.head_rows(self.ids)
+        self.draft_ids = torch.full((target.vocab_size,), PAD, device=target.device)
+        self.draft_ids[self.ids] = torch.arange(len(ids), device=target.device)
+
+    @abstractmethod
+    def outputs(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each depth, what goes into the output head [B, T - 2, d], and the head [U, d].
+
+        Entry i takes in token i + 1 and guesses token i + 2. At depth k, from 0 on, the target's
+        hidden states up to token i - k are known. The first k entries are arbitrary.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write config and weights, in this dtype."""
+
+    def losses(self, batch: Batch) -> list[DepthLoss]:
+        """One for each depth."""
+        wanted = batch.is_answer[:, 2:].clone()
+        wanted[:, : self.num_depths - 1] = False  # arbitrary at some depth
+        before = batch.hidden[:, 1:-1][wanted]
+        law = teacher_law(before, batch.logsumexp[:, 1:-1][wanted], self._rows)
+        best = self.draft_ids[batch.best[:, 1:-1][wanted].long()]
+        with torch.autocast(
+            self.target.device.type, torch.bfloat16, enabled=self.target.dtype != torch.float32
+        ):
+            return [
+                DepthLoss(*cross_entropy(hidden[wanted], head, law, best))
+                for hidden, head in self.outputs(batch)
+            ]
+
+
+class HeadsSystem(System):
+    """Heads on the target, whose own code computes what is trained.
+
+    Args:
+        heads: with initial weights, which training replaces.
+        config, target, ids, num_depths: as in `System`.
     """
 
     def __init__(
@@ -64,47 +119,19 @@ class System(ABC):
         ids: Tensor,
         num_depths: int,
     ) -> None:
-        self.target, self.config, self.num_depths = target, config, num_depths
         with heads.attach(target):
             pass
-        self.parameters = {
+        heads.weights = {
             name: weight.detach().float().clone().requires_grad_()
             for name, weight in heads.weights.items()
         }
-        heads.weights = dict(self.parameters)
-        self._ids = ids.to(target.device)
-        self._rows = target.head_rows(self._ids)
-        self._draft_ids = torch.full((target.vocab_size,), PAD, device=target.device)
-        self._draft_ids[self._ids] = torch.arange(len(ids), device=target.device)
-
-    @abstractmethod
-    def outputs(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each depth, what goes into the output head [B, T - 2, d], and the head [U, d].
-
-        Entry i takes in token i + 1 and guesses token i + 2. At depth k, from 0 on, the target's
-        hidden states up to token i - k are known. The first k entries are arbitrary.
-        """
-
-    def losses(self, batch: Batch) -> list[DepthLoss]:
-        """One for each depth."""
-        wanted = batch.is_answer[:, 2:].clone()
-        wanted[:, : self.num_depths - 1] = False  # arbitrary at some depth
-        before = batch.hidden[:, 1:-1][wanted]
-        law = teacher_law(before, batch.logsumexp[:, 1:-1][wanted], self._rows)
-        best = self._draft_ids[batch.best[:, 1:-1][wanted].long()]
-        with torch.autocast(
-            self.target.device.type, torch.bfloat16, enabled=self.target.dtype != torch.float32
-        ):
-            return [
-                DepthLoss(*cross_entropy(hidden[wanted], head, law, best))
-                for hidden, head in self.outputs(batch)
-            ]
+        super().__init__(dict(heads.weights), config, target, ids, num_depths)
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write config and weights, in this dtype."""
+        """See `System`."""
         weights = {name: w.to(dtype) for name, w in self.parameters.items()}
         config = {**self.config, FINGERPRINT: fingerprint(self.target)}
-        write_checkpoint(folder, config, weights, self._ids)
+        write_checkpoint(folder, config, weights, self.ids)
 
 
 def later(values: Tensor) -> Tensor:

