@@ -23,6 +23,7 @@ from medusa import Medusa
 from mlp_speculator import Speculator
 from prompts import greedy, left_pad, random_prompts
 from safetensors.torch import load_file
+from streaming import Streams
 from torch import Tensor
 from training import Schedule, System, train
 from transformers import GraniteConfig, GraniteForCausalLM
@@ -36,11 +37,19 @@ from specdec_kernels import (
 )
 from specdec_kernels.drafting import GREEDY
 from specdec_kernels.hf import load_draft_model
+from specdec_kernels.hf.attention import tree_attention_in
 from specdec_kernels.hf.features import HFTargetView
 from specdec_kernels.hf.target import HFTarget
 from specdec_kernels.shapes import PAD
+from specdec_kernels.tree import TokenTree
 
-SYSTEMS = {"eagle": Eagle, "mlp-speculator": Speculator, "medusa": Medusa, "draft": Draft}
+SYSTEMS = {
+    "eagle": Eagle,
+    "mlp-speculator": Speculator,
+    "medusa": Medusa,
+    "streaming": Streams,
+    "draft": Draft,
+}
 VOCAB, DRAFT_VOCAB, DEPTHS, LAYERS = 101, 60, 3, 7
 PROMPT, ANSWER = 7, 24
 NO_TOKENIZER: Any = None
@@ -180,7 +189,7 @@ class _Watched(HFTargetView):
         yield self.queue
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "streaming"])
 def test_training_computes_what_the_heads_compute_when_they_draft(
     name: str, model: Any, view: HFTargetView, examples: features.Examples, tmp_path: Path
 ) -> None:
@@ -217,6 +226,56 @@ def test_training_computes_what_the_heads_compute_when_they_draft(
                 num_checked += 1
     assert num_checked == len(roots) * DEPTHS
     spread = torch.stack([rows[6:] for rows in trained]).std()
+    assert float(spread) > 0.2
+
+
+def _steps(target: HFTarget, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
+    """Score a tree behind so many tokens of each row, whose second branch goes on as the row does,
+    and keep that branch.
+    """
+    trees = []
+    for row, length in zip(rows, lengths, strict=True):
+        root, *path = row[length : length + 4]
+        others = [(token + 1) % VOCAB for token in path[:2]]
+        trees.append(([root, *others, *path], [PAD, 0, 1, 0, 3, 4]))
+    tree = TokenTree.from_rows(trees, "cpu")
+    target.forward(tree)
+    path_nodes = torch.tensor([[0, 3, 4, 5, PAD, PAD]] * len(rows), dtype=torch.int32)
+    target.commit(path_nodes, torch.full((len(rows),), 4, dtype=torch.int32))
+
+
+def test_training_computes_what_streams_compute_when_they_draft(
+    model: Any, view: HFTargetView, examples: features.Examples, tmp_path: Path
+) -> None:
+    """In rows of different lengths, behind the last node of a branch."""
+    system = _make("streaming", view, examples, tmp_path)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in system.parameters.values():
+            parameter += 0.1 * torch.randn_like(parameter)
+    system.save(tmp_path / "saved", view.dtype)
+    batches = [next(examples.epoch([i], 0)) for i in (1, 2)]
+    rows = [batch.tokens[0].tolist() for batch in batches]
+    with torch.no_grad():
+        trained = [[(out @ head.T)[0] for out, head in system.outputs(b)] for b in batches]
+    network: Any = load_heads(tmp_path / "saved")
+    target = HFTarget(model, capacity=100)
+    lengths = [7, 11]
+    with torch.no_grad(), tree_attention_in(model), network.attach(HFTargetView(target)):
+        target.prefill([row[:n] for row, n in zip(rows, lengths, strict=True)])
+        context = DraftContext(rows, [True] * 2, [60] * 2, torch.device("cpu"), VOCAB, GREEDY)
+        assert network.start(context).isneginf().all()  # no streams yet
+        for _ in range(3):
+            _steps(target, rows, lengths)
+            lengths = [n + 4 for n in lengths]
+            logits = [network.start(context)]
+            for _ in range(1, DEPTHS):
+                logits.append(network.extend([[(0, PAD)]] * 2)[:, 0])
+            for b, last in enumerate(n - 1 for n in lengths):
+                for stream, own in enumerate(logits):
+                    want = trained[b][stream][last + stream]
+                    torch.testing.assert_close(own[b], want, atol=2e-3, rtol=1e-3)
+    spread = torch.stack([entries[6:] for entries in trained[0]]).std()
     assert float(spread) > 0.2
 
 

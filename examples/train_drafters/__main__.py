@@ -15,6 +15,7 @@ from draft_model import Draft
 from eagle import Eagle
 from medusa import Medusa
 from mlp_speculator import Speculator
+from streaming import Streams
 from torch import Tensor
 from training import Schedule, System, train
 
@@ -98,6 +99,7 @@ def _add_command(
 _add_command("eagle", Eagle, vocab=8192, ahead=5)
 _add_command("mlp-speculator", Speculator, vocab=3072, ahead=4)
 _add_command("medusa", Medusa, vocab=8192, ahead=4)
+_add_command("streaming", Streams, vocab=8192, ahead=3)
 _add_command("draft", Draft, vocab=8192, ahead=1)
 
 

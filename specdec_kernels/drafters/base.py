@@ -83,10 +83,12 @@ class Drafter(ABC):
         max_nodes: most nodes of a tree, the root included.
         wants_budget: whether decoders give it a `Budget` unless told otherwise: not where drafts
             are sampled, as the wall clock would then decide which draws are made.
+        slots_per_node: of the target's cache, for each node of a tree.
     """
 
     max_nodes: int
     wants_budget: bool = False
+    slots_per_node: int = 1
 
     def __str__(self) -> str:
         return type(self).__name__

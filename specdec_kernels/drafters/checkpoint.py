@@ -51,6 +51,15 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return self._prefix + name in self._tensors
 
+    def names(self, suffix: str) -> list[str]:
+        """Of the tensors that end so, without that, sorted."""
+        start = len(self._prefix)
+        return sorted(
+            key[start:].removesuffix(suffix)
+            for key in self._tensors
+            if key.startswith(self._prefix) and key.endswith(suffix)
+        )
+
     def take(self, name: str, shape: Sequence[int]) -> Tensor:
         """The tensor of that name.
 

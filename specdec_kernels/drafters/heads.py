@@ -16,7 +16,7 @@ def load_heads(folder: str | Path) -> DraftNetwork:
 
     Args:
         folder: Medusa, IBM MLP speculator, EAGLE-1/2 or EAGLE-3, as published: `config.json`
-            beside safetensors or PyTorch files.
+            beside safetensors or PyTorch files; or speculative streams.
 
     Raises:
         ValueError: no heads there, or tensors that do not fit, by file, key, expected and found.
@@ -25,6 +25,10 @@ def load_heads(folder: str | Path) -> DraftNetwork:
     config = checkpoint.config
     if "medusa_num_heads" in config or config.get("model_type") == "medusa":
         return MedusaHeads(checkpoint)
+    if config.get("model_type") == "speculative_streaming":
+        from ..hf.speculative_streaming import SpeculativeStreams  # the layers are transformers'
+
+        return SpeculativeStreams(checkpoint)
     if "n_predict" in config or config.get("model_type") == "mlp_speculator":
         return MLPSpeculator(checkpoint)
     if any(name in checkpoint for name in ("midlayer.mlp.up_proj.weight", "d2t")):

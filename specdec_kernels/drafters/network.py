@@ -74,11 +74,13 @@ class DraftNetwork(ABC):
         max_depth: deepest level that it can draft; None for any.
         uses_target_slots: its nodes lie in the target's cache, behind the committed slots, which
             must have room for them.
+        slots_per_node: of the target's cache, for each node that the target scores.
     """
 
     offsets: Tensor | None = None
     max_depth: int | None = None
     uses_target_slots = False
+    slots_per_node = 1
 
     def attach(self, target: TargetView) -> AbstractContextManager[object]:
         """Entered around all that is drafted for one target.

@@ -81,6 +81,18 @@ def handing(call: TreeCall | Localities) -> Iterator[None]:
         _call.reset(token)
 
 
+def current_call() -> TreeCall | Localities | None:
+    """What the attention layers read now."""
+    return _call.get()
+
+
+def swap_call(call: TreeCall | Localities | None) -> Any:
+    """Hand them something else until `handing` ends; what they read before."""
+    before = _call.get()
+    _call.set(call)
+    return before
+
+
 @contextmanager
 def tree_attention_in(model: PreTrainedModel) -> Iterator[None]:
     """Let the model use the tree attention, and give it back as it was.

@@ -166,7 +166,8 @@ class SpeculativeDecoder:
         stop = StopRule(criteria, pads, input_ids.shape[1], agree)
         max_lengths = [stop.max_length - len(p) for p in pads]
         check_positions(model, prompts, max(max_lengths))
-        nodes = 1 if self.drafter is None else self.drafter.max_nodes
+        drafter = self.drafter
+        nodes = 1 if drafter is None else drafter.max_nodes * drafter.slots_per_node
         capacity = max(max_lengths) + nodes
         if self.compile:
             capacity = compiled_capacity(max(max_lengths), nodes)

@@ -59,6 +59,11 @@ class HFTarget:
         self._step = CompiledStep.of(model, compile) if compile else None
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether tree steps run under `torch.compile`."""
+        return self._step is not None
+
+    @property
     def cache(self) -> TreeCache:
         """The cache; made with the first prompts if none was given."""
         if self._cache is None:
