@@ -18,8 +18,8 @@ DrafterName = Annotated[
     str,
     typer.Option(
         "--drafter",
-        help="Who drafts: auto, suffix, token_recycling, prompt_lookup, eagle, mlp, draft, "
-        'early-exit, heads; "none" decodes plainly.',
+        help="Who drafts: auto, suffix, token_recycling, prompt_lookup, eagle, mlp, medusa, "
+        'streaming, heads, draft, early-exit; "none" decodes plainly.',
     ),
 ]
 MaxNodes = Annotated[

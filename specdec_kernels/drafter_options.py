@@ -26,7 +26,9 @@ ExitLayer = Annotated[
 HeadsFolder = Annotated[
     Path | None,
     typer.Option(
-        "--heads", help="For --drafter heads or auto: Medusa, MLP speculator or EAGLE folder."
+        "--heads",
+        help="A folder of trained heads, for --drafter heads (any kind), eagle, mlp, medusa, "
+        "streaming or auto.",
     ),
 ]
 Tree = Annotated[
@@ -45,9 +47,22 @@ DraftTemperature = Annotated[
     float | None, typer.Option(min=0.0, help="Of sampled trees; the target's if not given.")
 ]
 
-_NEEDS = {"draft": "draft_model", "early-exit": "exit_layer", "heads": "heads"}
-"""Drafter -> the option that it needs, and nothing else takes but `auto`, which takes heads."""
-_HAVE_TREES = (*_NEEDS, "eagle", "mlp")
+_HEADS = {
+    "heads": (),
+    "eagle": ("Eagle1Head", "Eagle3Head"),
+    "mlp": ("MLPSpeculator",),
+    "medusa": ("MedusaHeads",),
+    "streaming": ("SpeculativeStreams",),
+}
+"""Drafter -> the classes of heads that go by its name; any if none is named."""
+_SHIPPED = ("eagle", "mlp")
+_NEEDS = {"draft": "draft_model", "early-exit": "exit_layer"} | {
+    name: "heads" for name in _HEADS if name not in _SHIPPED
+}
+"""Drafter -> the option that it needs."""
+_MAY_HAVE = {"heads": (*_SHIPPED, "auto")}
+"""Option -> the drafters that take it and need not have it."""
+_HAVE_TREES = (*_NEEDS, *_SHIPPED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +72,9 @@ class DrafterOptions:
     Attributes:
         name: of the drafter.
         max_nodes: most nodes of a tree, root included; None is the drafter's default.
-        draft_model, exit_layer, heads: what `draft`, `early-exit` and `heads` need.
+        draft_model, exit_layer: what `draft` and `early-exit` need.
+        heads: what drafters with trained heads need, unless they are `eagle` or `mlp`, which
+            otherwise have the package's own; `auto` may have them.
         tree: "top-k" or children by depth, joined by "-".
         depth, width: of a top-k tree; None is its default.
         siblings: how a sampled tree draws them.
@@ -82,13 +99,13 @@ class DrafterOptions:
             typer.BadParameter: names them.
             ValueError: an unknown drafter.
         """
-        for name, option in _NEEDS.items():
-            flag = f"--{option.replace('_', '-')}"
-            if (self.name, name) == ("auto", "heads"):
-                continue
-            if (self.name == name) != (getattr(self, option) is not None):
-                verb = "needs" if self.name == name else "does not take"
-                raise typer.BadParameter(f"--drafter {self.name} {verb} {flag}")
+        for option in dict.fromkeys(_NEEDS.values()):
+            flag, is_given = f"--{option.replace('_', '-')}", getattr(self, option) is not None
+            if _NEEDS.get(self.name) == option:
+                if not is_given:
+                    raise typer.BadParameter(f"--drafter {self.name} needs {flag}")
+            elif is_given and self.name not in _MAY_HAVE.get(option, ()):
+                raise typer.BadParameter(f"--drafter {self.name} does not take {flag}")
         if self.name in _HAVE_TREES:
             self._plan()
             return
@@ -119,7 +136,15 @@ class DrafterOptions:
             return load_draft_model(self.draft_model, subject.tokenizer, dtype=dtype)
         if self.exit_layer is not None:
             return EarlyExitModel(self.exit_layer)
-        return shipped_heads(self.name) if self.heads is None else load_heads(self.heads)
+        if self.heads is None:
+            return shipped_heads(self.name)
+        network = load_heads(self.heads)
+        kinds, found = _HEADS[self.name], type(network).__name__
+        if kinds and found not in kinds:
+            raise ValueError(
+                f"{self.heads}: --drafter {self.name} needs {' or '.join(kinds)}, found {found}"
+            )
+        return network
 
     def _plan(self) -> TreePlan:
         from .drafters import SampledTree, TopKTree

@@ -21,10 +21,12 @@ import specdec_kernels
 from specdec_kernels import display, drafter_options
 from specdec_kernels.cli import main
 from specdec_kernels.drafters import MODEL_DRAFTERS, SHIPPED
+from specdec_kernels.drafters.shipped import FOLDER
 from specdec_kernels.hf.text import TextModel
 from specdec_kernels.statistics import DecodeStats
 
 FP32 = ["--dtype", "fp32"]
+SHIPPED_EAGLE = str(FOLDER / SHIPPED["eagle"])
 EXIT = ["generate", "--prompt", "a", "--drafter", "early-exit", "--exit-layer"]
 
 
@@ -248,10 +250,20 @@ def test_a_low_terminal_shows_the_text_alone() -> None:
             ["generate", "--prompt", "a", "--drafter", "heads", "--heads", "/absent"],
             r"/absent: no such folder",
         ),
-        (["generate", "--prompt", "a", "--heads", "/absent"], r"/absent: no such folder"),
         (
             ["generate", "--prompt", "a", "--drafter", "mlp", "--heads", "/absent"],
-            r"--drafter mlp does not take --heads",
+            r"/absent: no such folder",
+        ),
+        (["generate", "--prompt", "a", "--heads", "/absent"], r"/absent: no such folder"),
+        (
+            ["generate", "--prompt", "a", "--drafter", "suffix", "--heads", "/absent"],
+            r"--drafter suffix does not take --heads",
+        ),
+        (["generate", "--prompt", "a", "--drafter", "medusa"], r"medusa needs --heads"),
+        (["generate", "--prompt", "a", "--drafter", "streaming"], r"streaming needs --heads"),
+        (
+            ["generate", "--prompt", "a", "--drafter", "medusa", "--heads", SHIPPED_EAGLE],
+            r"--drafter medusa needs MedusaHeads, found Eagle3Head",
         ),
         (
             ["generate", "--prompt", "a", "--drafter", "eagle"],

@@ -23,7 +23,7 @@ DRAFTERS: dict[str, Callable[..., Drafter] | None] = {
     "none": None,
 }
 """Drafters that need nothing but a name; "none" decodes plainly."""
-MODEL_DRAFTERS = ("draft", "early-exit", "heads")
+MODEL_DRAFTERS = ("draft", "early-exit", "heads", "medusa", "streaming")
 """Drafters that need a network, which the command line loads; in Python, a `ModelDrafter`."""
 
 
