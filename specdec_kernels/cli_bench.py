@@ -25,6 +25,7 @@ from .cli_options import (
     Threads,
     TopP,
     load_subject,
+    temperatures_of,
 )
 from .drafter_options import (
     Depth,
@@ -36,6 +37,7 @@ from .drafter_options import (
     Siblings,
     Tree,
     Width,
+    widths_of,
 )
 from .output import check_out, progress_bar, publish
 
@@ -204,19 +206,45 @@ def rules(
     prompts: Prompts = None,
     limit_per_category: LimitPerCategory = None,
     contexts: Annotated[int, typer.Option(min=2, help="Contexts, 50 after each prompt.")] = 600,
+    drafter_name: Annotated[
+        str | None,
+        typer.Option(
+            "--drafter", help="A network that drafts, as for generate; the target's own if none."
+        ),
+    ] = None,
+    draft_model: DraftModelName = None,
+    exit_layer: ExitLayer = None,
+    heads: HeadsFolder = None,
+    tree: Annotated[
+        str, typer.Option(help="Children by depth, sampled; 1-1-1-1 is a chain.")
+    ] = "4-2-1-1",
+    temperatures: Annotated[
+        str, typer.Option(help="Comma-separated; of target and draft alike.")
+    ] = "1.0,0.6",
     dtype: Dtype = "bf16",
     threads: Threads = None,
     out: JsonOut = None,
 ) -> None:
     """Count the draft tokens that each acceptance rule keeps, on the same contexts of a model."""
     check_out(out)
+    options = None
+    if drafter_name is not None:
+        options = DrafterOptions(drafter_name, None, draft_model, exit_layer, heads, tree)
+        options.check_network()
 
+    from .bench.draft_laws import NetworkLaws
     from .bench.e2e import read_prompts, select_prompts
-    from .bench.rules import run_rules
+    from .bench.rules import Settings, run_rules
     from .tables import rules_table
 
+    settings = Settings(widths_of(tree), temperatures_of(temperatures))
     chosen = select_prompts(read_prompts(prompts), categories=(), limit=limit_per_category)
     subject = load_subject(model, dtype, threads)
+    laws = None
+    if options is not None:
+        laws = NetworkLaws(options.name, options.network(subject))
     with progress_bar("measuring", contexts) as step:
-        record = run_rules(subject, chosen, num_contexts=contexts, progress=step)
+        record = run_rules(
+            subject, chosen, num_contexts=contexts, settings=settings, laws=laws, progress=step
+        )
     publish(record, out, rules_table(record["rows"]))

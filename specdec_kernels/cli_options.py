@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -43,6 +44,21 @@ LimitPerCategory = Annotated[
 ]
 OpNames = Annotated[list[str] | None, typer.Option("--op", help="Only this operator; repeatable.")]
 IsQuick = Annotated[bool, typer.Option("--quick", help="Small sizes, short repeats.")]
+
+
+def temperatures_of(text: str) -> tuple[float, ...]:
+    """Comma-separated temperatures.
+
+    Raises:
+        typer.BadParameter: something else, or one that samples nothing.
+    """
+    try:
+        values = tuple(float(value) for value in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value < math.inf for value in values):
+        raise typer.BadParameter(f"--temperatures must be numbers above 0, got {text!r}")
+    return values
 
 
 def load_subject(model: str, dtype: str, threads: int | None) -> TextModel:

@@ -65,6 +65,20 @@ _MAY_HAVE = {"heads": (*_SHIPPED, "auto")}
 _HAVE_TREES = (*_NEEDS, *_SHIPPED)
 
 
+def widths_of(tree: str) -> tuple[int, ...]:
+    """Children by depth, of a sampled tree.
+
+    Raises:
+        typer.BadParameter: something else.
+    """
+    widths = tree.split("-")
+    if not all(width.isdecimal() and int(width) > 0 for width in widths):
+        raise typer.BadParameter(
+            f'--tree must be "top-k" or children by depth like 4-2-1-1, got {tree!r}'
+        )
+    return tuple(int(width) for width in widths)
+
+
 @dataclass(frozen=True, slots=True)
 class DrafterOptions:
     """The options of one command; `check` comes before a model is loaded, `make` after.
@@ -115,6 +129,14 @@ class DrafterOptions:
             )
         self._text_drafter()
 
+    def check_network(self) -> None:
+        """Raise typer.BadParameter for a drafter without network, or as `check`."""
+        if self.name not in _HAVE_TREES:
+            raise typer.BadParameter(
+                f"--drafter must have a network: {', '.join(_HAVE_TREES)}; got {self.name!r}"
+            )
+        self.check()
+
     def make(self, subject: TextModel) -> Drafter | None:
         """The drafter for this target; None decodes plainly.
 
@@ -125,9 +147,14 @@ class DrafterOptions:
             return self._text_drafter()
         from .drafters import ModelDrafter
 
-        return ModelDrafter(self._network(subject), self._plan())
+        return ModelDrafter(self.network(subject), self._plan())
 
-    def _network(self, subject: TextModel) -> DraftNetwork:
+    def network(self, subject: TextModel) -> DraftNetwork:
+        """Of a drafter that has one, see `check_network`.
+
+        Raises:
+            ValueError: as `make`.
+        """
         from .drafters import load_heads, shipped_heads
         from .hf import EarlyExitModel, load_draft_model
 
@@ -156,13 +183,8 @@ class DrafterOptions:
             return TopKTree(**{name: n for name, n in given.items() if n is not None})
         if self.max_nodes or self.depth or self.width:
             raise typer.BadParameter("--max-nodes, --depth and --width need --tree top-k")
-        widths = self.tree.split("-")
-        if not all(width.isdecimal() and int(width) > 0 for width in widths):
-            raise typer.BadParameter(
-                f'--tree must be "top-k" or children by depth like 4-2-1-1, got {self.tree!r}'
-            )
         return SampledTree(
-            [int(width) for width in widths],
+            widths_of(self.tree),
             greedy_drafts=self.siblings == "greedy",
             replacement=self.siblings == "independent",
             temperature=self.draft_temperature,

@@ -147,9 +147,13 @@ def rules_table(rows: list[dict[str, Any]]) -> Table:
             row["siblings"],
             row["rule"],
             f"{row['accepted']:.2f} ± {row['ci95']:.2f}",
-            "" if is_first else f"{row['gain']:+.1%} ± {row['gain_ci95']:.1%}",
+            "" if is_first or row["gain"] is None else _gain(row),
         )
     return table
+
+
+def _gain(row: dict[str, Any]) -> str:
+    return f"{row['gain']:+.1%} ± {row['gain_ci95']:.1%}"
 
 
 def generation_lines(report: dict[str, Any], dtype: str) -> list[str]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from specdec_kernels.bench import machine, ops
 from specdec_kernels.bench.cases import CASES, BenchCase
+from specdec_kernels.bench.draft_laws import NetworkLaws
 from specdec_kernels.bench.e2e import read_prompts
 from specdec_kernels.bench.ops import check_case, run_ops
 from specdec_kernels.bench.roofline import Work
-from specdec_kernels.bench.rules import DISTINCT, RULES, Settings, _mean, run_rules
+from specdec_kernels.bench.rules import DISTINCT, RULES, Settings, _mean, _summary, run_rules
+from specdec_kernels.drafters import DraftNetwork, shipped_heads
+from specdec_kernels.hf import DraftModel, EarlyExitModel
 from specdec_kernels.hf.text import TextModel
 from specdec_kernels.registry import INTERPRETS_TRITON, OPS
+from specdec_kernels.tables import rules_table
 
 FIELDS = {
     "op",
@@ -155,6 +162,46 @@ def test_rules_are_compared_on_the_same_contexts() -> None:
     assert any(row["accepted"] > 0 for row in rows.values())
     with pytest.raises(ValueError, match=r"contexts must be in \[3, 4\] with 2 prompts"):
         run_rules(TextModel(), read_prompts()[:2], num_contexts=5, settings=_TWO_EACH)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 1, 1)])
+@pytest.mark.parametrize("name", ["mlp", "draft", "early-exit"])
+def test_rules_are_compared_on_the_law_of_a_network(name: str, shape: tuple[int, ...]) -> None:
+    """Drafts are tested by the law they come from: a status other than "ok" would raise."""
+    subject = TextModel()
+    network: DraftNetwork
+    if name == "draft":
+        ids = torch.arange(0, 49152, 3)
+        model = TextModel().model
+        rows = model.get_input_embeddings().weight.detach().clone()
+        model.resize_token_embeddings(len(ids) + 1)
+        model.get_input_embeddings().weight.data[:-1] = rows[ids]
+        network = DraftModel(model, ids=ids)
+    else:
+        network = shipped_heads("mlp") if name == "mlp" else EarlyExitModel(24)
+    settings = Settings(shape=shape, contexts_per_prompt=3, temperatures=(1.0, 0.5), num_seeds=8)
+    record = run_rules(
+        subject, read_prompts()[:2], num_contexts=5, settings=settings,
+        laws=NetworkLaws(name, network),
+    )  # fmt: skip
+    rows = {(r["temperature"], r["siblings"], r["rule"]): r for r in record["rows"]}
+    assert len(rows) == len(record["rows"]) == 2 * sum(map(len, settings.rules.values()))
+    assert {r["draft"] for r in record["rows"]} == {name}
+    kept = [row["accepted"] for row in rows.values()]
+    assert max(kept) <= len(shape) and min(kept) > 0
+
+
+def test_a_draft_of_which_nothing_is_kept_has_no_gain() -> None:
+    key = ("a", 1.0, DISTINCT, "token")
+    row = _summary(key, [{key: [0.0, 0.0]}, {key: [0.0]}])
+    assert row["accepted"] == 0 and row["gain"] is None
+    assert "0.00" in _text_of(rules_table([row, row]))
+
+
+def _text_of(table: Table) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
 
 
 def test_confidence_takes_prompts_as_the_sample() -> None:

@@ -278,6 +278,9 @@ def test_a_low_terminal_shows_the_text_alone() -> None:
         (["bench", "e2e", "--json", "/"], r"--json must be a file, got the folder /"),
         (["bench", "ops", "--op", "attention"], r"unknown operator 'attention'"),
         (["bench", "ops", "--backend", "tpu"], r"backend 'tpu' cannot run"),
+        (["bench", "rules", "--drafter", "suffix"], r"must have a network: .* got 'suffix'"),
+        (["bench", "rules", "--tree", "4-0"], r"children by depth like 4-2-1-1, got '4-0'"),
+        (["bench", "rules", "--temperatures", "1,0"], r"--temperatures must be .* got '1,0'"),
         (["serve"], r"No such command 'serve'"),
     ],
 )

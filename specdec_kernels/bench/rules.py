@@ -1,8 +1,8 @@
 """Draft tokens that each acceptance rule keeps, at the same contexts of a real model.
 
-At every context two draft trees of one shape are drawn from each draft law: siblings without
-replacement, and greedy drafts (one sampled child, the others deterministic). All trees pass the
-target together. What a rule keeps is averaged over a few seeds.
+At every context draft trees of one shape are drawn from each draft law: siblings without
+replacement, and, unless it is a chain, greedy drafts (one sampled child, the others deterministic).
+All trees pass the target together. What a rule keeps is averaged over a few seeds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -18,18 +20,24 @@ from torch import Tensor
 from ..drafting import ProposalBuilder, SamplingParams
 from ..forest import DraftNode
 from ..hf.attention import tree_attention_in
-from ..hf.early_exit import EarlyExit
+from ..hf.packing import packed_linears
 from ..hf.target import HFTarget
 from ..hf.text import TextModel
 from ..ops import sample, verify
 from ..shapes import PAD
 from ..tree import Proposal, TokenTree
+from .draft_laws import DraftLaws, OwnLaws
 from .e2e import Prompt
 from .machine import describe_machine
 
 DISTINCT, GREEDY_DRAFTS = "without replacement", "greedy drafts"
-RULES = {DISTINCT: ("token", "traversal"), GREEDY_DRAFTS: ("token", "gd_traversal")}
+RULES: dict[str, tuple[str, ...]] = {
+    DISTINCT: ("token", "traversal"),
+    GREEDY_DRAFTS: ("token", "gd_traversal"),
+}
 """How siblings are drawn -> the rules of `verify` that test them."""
+CHAIN_RULES: dict[str, tuple[str, ...]] = {DISTINCT: ("token", "block", "traversal")}
+"""The same of trees without siblings."""
 
 Key = tuple[str, float, str, str]
 """Draft, temperature, siblings, rule."""
@@ -40,7 +48,7 @@ class Settings:
     """What is measured.
 
     Attributes:
-        shape: children of each node, by depth.
+        shape: children of each node, by depth; ones are a chain.
         temperatures: of target and draft alike.
         exit_layers: layers of the target that the early-exit draft runs.
         noise: logits; the noisy draft is the target's logits / 1.2 plus so much Gaussian noise.
@@ -55,6 +63,11 @@ class Settings:
     contexts_per_prompt: int = 50
     num_seeds: int = 4
 
+    @property
+    def rules(self) -> dict[str, tuple[str, ...]]:
+        """How siblings are drawn -> the rules that test them."""
+        return RULES if max(self.shape) > 1 else CHAIN_RULES
+
 
 def run_rules(
     subject: TextModel,
@@ -62,19 +75,26 @@ def run_rules(
     *,
     num_contexts: int,
     settings: Settings = Settings(),
+    laws: DraftLaws | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure every rule at `num_contexts` contexts.
+
+    Args:
+        subject: the target.
+        prompts: after which the contexts are, in the target's own sampled text.
+        laws: what drafts are drawn from; None are laws made of the target itself.
 
     Returns:
         {"machine", "rows": [{"draft", "temperature", "siblings", "rule", "accepted", "ci95",
         "gain", "gain_ci95"}]}: mean draft tokens accepted per step, and the mean difference to
         rejection without replacement as a share of what that accepts; each with the half-width of
-        its 95 % confidence interval over prompts.
+        its 95 % confidence interval over prompts. No gain (None) where that accepts nothing.
 
     Raises:
         ValueError: too few prompts for so many contexts.
     """
+    laws = OwnLaws(settings.exit_layers, settings.noise) if laws is None else laws
     per_prompt = settings.contexts_per_prompt
     if not per_prompt < num_contexts <= len(prompts) * per_prompt:
         raise ValueError(
@@ -86,7 +106,7 @@ def run_rules(
         prompt = prompts[len(clusters)]
         clusters.append({})
         num = min(per_prompt, num_contexts - first)
-        for counts in _measure_prompt(subject, prompt, settings, num):
+        for counts in _measure_prompt(subject, prompt, settings, laws, num):
             progress(f"{prompt.category} {prompt.question_id}")
             for key, count in counts.items():
                 clusters[-1].setdefault(key, []).append(count)
@@ -118,8 +138,8 @@ def _summary(key: Key, clusters: list[dict[Key, list[float]]]) -> dict[str, Any]
         "rule": rule,
         "accepted": accepted,
         "ci95": ci95,
-        "gain": gain / unit,
-        "gain_ci95": gain_ci95 / unit,
+        "gain": gain / unit if unit else None,
+        "gain_ci95": gain_ci95 / unit if unit else None,
     }
 
 
@@ -165,73 +185,73 @@ class _Draft:
 
 
 def _measure_prompt(
-    subject: TextModel, prompt: Prompt, settings: Settings, num: int
+    subject: TextModel, prompt: Prompt, settings: Settings, laws: DraftLaws, num: int
 ) -> Iterator[dict[Key, float]]:
     """What each rule keeps, at `num` contexts along a text that the target samples."""
     tokens = subject.encode(prompt.text, is_chat=True, max_new_tokens=num + len(settings.shape))
     sequence: list[int] = tokens[0].tolist()
-    nodes, level = 1, 1
-    for num_children in settings.shape:
-        level *= num_children
-        nodes += level * 2 * len(RULES) * len(settings.temperatures)
+    num_drafts = len(laws.names) * len(settings.temperatures) * len(settings.rules)
+    nodes = 1 + num_drafts * sum(accumulate(settings.shape, mul))
     target = HFTarget(subject.model, len(sequence) + num + nodes)
-    generator = torch.Generator().manual_seed(len(sequence))
     with (
         torch.no_grad(),
         tree_attention_in(subject.model),
-        EarlyExit(subject.model, settings.exit_layers) as exits,
+        packed_linears(subject.model),
+        laws.attach(target, num, nodes),
     ):
         last = target.prefill([sequence])
         for _ in range(num):
             position = torch.tensor([len(sequence)])
             token, _, _ = sample(last, torch.tensor([0]), position, torch.ones(1))
             sequence.append(int(token))
-            counts, last = _measure_context(target, exits, sequence, settings, generator)
+            counts, last = _measure_context(target, laws, sequence, settings)
             target.commit(torch.zeros((1, 1), dtype=torch.int32), torch.ones(1).int())
             yield counts
 
 
 def _measure_context(
-    target: HFTarget,
-    exits: EarlyExit,
-    sequence: list[int],
-    settings: Settings,
-    generator: torch.Generator,
+    target: HFTarget, laws: DraftLaws, sequence: list[int], settings: Settings
 ) -> tuple[dict[Key, float], Tensor]:
     """What each rule keeps, and the target's logits [1, V] after the sequence."""
     drafts = [
-        _start(name, temperature, siblings, sequence, target.vocab_size)
-        for name in ("early exit", "noisy target")
+        _start(name, temperature, siblings, sequence, target.vocab_size, laws.offsets)
+        for name in laws.names
         for temperature in settings.temperatures
-        for siblings in RULES
+        for siblings in settings.rules
     ]
     tokens, parents = [sequence[-1]], [PAD]
-    logits = noise = torch.empty((0, target.vocab_size))
-    for num_children in settings.shape:
+    laws.start(sequence)
+    scores = None
+    for depth, num_children in enumerate(settings.shape, 1):
         # The last level is drafted, not scored: whether a leaf is kept does not depend on its row.
-        logits = target.forward(TokenTree.from_rows([(tokens, parents)]))[0].float()
-        fresh = torch.randn((len(logits) - len(noise), logits.shape[1]), generator=generator)
-        noise = torch.cat([noise, fresh * settings.noise])
-        laws = {"early exit": exits.logits()[0].float(), "noisy target": logits / 1.2 + noise}
+        if laws.need_target or depth == len(settings.shape):
+            scores = target.forward(TokenTree.from_rows([(tokens, parents)]))[0].float()
+        logits = laws.logits(tokens, parents, scores)
         for draft in drafts:
-            for parent, node in draft.grow(laws[draft.name], num_children):
+            for parent, node in draft.grow(logits[draft.name], num_children):
                 draft.places.append(len(tokens))
                 tokens.append(node.token)
                 parents.append(draft.places[parent.index])
+    assert scores is not None
     counts = {}
     for draft in drafts:
-        for rule in RULES[draft.siblings]:
+        for rule in settings.rules[draft.siblings]:
             key = (draft.name, draft.temperature, draft.siblings, rule)
-            counts[key] = _mean_kept(draft, rule, logits, settings.num_seeds)
-    return counts, logits[:1]
+            counts[key] = _mean_kept(draft, rule, scores, settings.num_seeds)
+    return counts, scores[:1]
 
 
 def _start(
-    name: str, temperature: float, siblings: str, sequence: list[int], vocab_size: int
+    name: str,
+    temperature: float,
+    siblings: str,
+    sequence: list[int],
+    vocab_size: int,
+    offsets: Tensor | None,
 ) -> _Draft:
     position = torch.tensor([len(sequence) - 1])
     sampling = SamplingParams(seeds=torch.tensor([0]))
-    builder = ProposalBuilder([sequence], vocab_size=vocab_size, sampling=sampling)
+    builder = ProposalBuilder([sequence], vocab_size=vocab_size, sampling=sampling, offsets=offsets)
     return _Draft(name, temperature, siblings, builder, list(builder.roots), position)
 
 
@@ -256,6 +276,7 @@ def _mean_kept(draft: _Draft, rule: str, logits: Tensor, num_seeds: int) -> floa
         kinds=each_seed(proposal.kinds),
         draft_rows=each_seed(proposal.draft_rows),
         draft_probs=each_seed(proposal.draft_probs),
+        draft_offsets=proposal.draft_offsets,
         rule=rule,
     )
     assert not bool(status.any())

@@ -141,10 +141,10 @@ class DraftModel(DraftNetwork):
         return logits[:, : self._num_drafted]
 
     def _keep_accepted(self, context: DraftContext) -> None:
-        """Commit the drafted nodes that the target kept."""
+        """Commit the drafted nodes that the target kept. The root is computed in any case."""
         assert self._cached is not None
         paths = [
-            self._growth.walk(row, [self._known_id(token) for token in sequence[known:]])
+            self._growth.walk(row, [self._known_id(token) for token in sequence[known:-1]])
             for row, (sequence, known) in enumerate(
                 zip(context.sequences, self._known, strict=True)
             )
