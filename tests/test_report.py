@@ -14,6 +14,7 @@ from byte_model import save_byte_model
 
 from specdec_kernels.bench.roofline import GPUS
 from specdec_kernels.cli import main
+from specdec_kernels.report.drafters import compare, expected_tokens
 from specdec_kernels.report.records import read_records
 from specdec_kernels.report.what_if import LLAMA_8B, pass_seconds, speedup
 
@@ -98,6 +99,47 @@ def test_the_record_with_the_budget_is_the_main_one(records) -> None:
     read = read_records(records)
     assert read.main is not None and read.main["machine"]["settings"]["budget"] is None
     assert list(read.tokens_per_step()) == [4, 8]
+
+
+@pytest.fixture(scope="module")
+def other_drafter(records, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A record of the same prompts, its numbers chosen."""
+    record = json.loads(records[0].read_text())
+    record["machine"]["settings"] |= {"drafter": "Slow <one>", "drafter_parameters": 2_500_000}
+    record["statistics"] |= {
+        "draft_seconds": 1.0, "forward_seconds": 2.0, "verify_seconds": 1.0, "num_steps": 80,
+        "acceptance_by_depth": [0.5, 0.5, 0.25],
+    }  # fmt: skip
+    record["summary"]["generate"]["all"]["tok_s"] = 25.0
+    record["summary"]["specdec"]["all"] |= {"tok_s": 30.0, "speedup": 1.5}
+    record["summary"]["specdec"]["all"]["mean_tokens_per_step"] = 1.75
+    record["summary"]["prompt_lookup"]["all"]["speedup"] = 1.2
+    path = tmp_path_factory.mktemp("other") / "other.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_drafters_are_compared_and_the_formula_stands_beside(
+    records, other_drafter: Path, tmp_path: Path
+) -> None:
+    page = _page([*records[:3], other_drafter], tmp_path)
+    assert "<h2>Drafters compared</h2>" in page
+    (row,) = re.findall(r"<tr><td>Slow &lt;one&gt;</td>(.*?)</tr>", page)
+    assert re.findall(r"<td>(.*?)</td>", row) == [
+        "2.5 M", "1.75", "50%, 50%, 25%", "25%", "30.0", "1.50x", "1.25x",
+        # 1 + 1/2 + 1/4 + 1/16 tokens in 4 s / 80, which are 1.25 tokens of generate
+        f"{1.8125 / 1.25:.2f}x",
+    ]  # fmt: skip
+    read = read_records([*records[:3], other_drafter])
+    assert [line.num_parameters for line in compare(read.e2e)].count(0) == 3
+    assert read.tokens_per_step() == read_records(records[:3]).tokens_per_step()
+
+
+def test_the_formula_of_a_chain_is_leviathans() -> None:
+    for share in (0.3, 0.8):
+        want = (1 - share**6) / (1 - share)
+        assert expected_tokens([share] * 5) == pytest.approx(want)
+    assert expected_tokens([]) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -122,10 +122,9 @@ def run_e2e(
     decoding.check(modes)
     encoded = [_encode(subject, prompt, max_new_tokens) for prompt in prompts]
     options = ways(modes, drafter, budget, decoding)
-    settings = {
+    settings: dict[str, Any] = {
         "model": subject.name,
         "dtype": subject.dtype,
-        "drafter": None if drafter is None else str(drafter),
         "max_nodes": 1 if drafter is None else drafter.max_nodes,
         "budget": budget if budget is None or isinstance(budget, bool) else "given",
         "max_new_tokens": max_new_tokens,
@@ -142,6 +141,9 @@ def run_e2e(
         new = max_new_tokens if compiles else min(_WARM_UP_TOKENS, max_new_tokens)
         subject.generate_batch(rows, **given, max_new_tokens=new)
     decoder = options["specdec"]["custom_generate"] if "specdec" in options else None
+    # Some drafters choose their heads for the target that they meet.
+    settings["drafter"] = None if drafter is None else str(drafter)
+    settings["drafter_parameters"] = 0 if drafter is None else drafter.num_parameters
     if decoder is not None:
         decoder.totals = TotalStats()  # without the warm-up
     records = []

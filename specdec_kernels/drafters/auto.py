@@ -145,6 +145,11 @@ class AutoDrafter(Drafter):
         name = super().__str__()
         return name if self._adviser is None else f"{name}, {type(self._adviser.network).__name__}"
 
+    @property
+    def num_parameters(self) -> int:  # type: ignore[override]
+        """See `Drafter`: of the heads, once they are known."""
+        return 0 if self._adviser is None else self._adviser.network.num_parameters
+
     @contextmanager
     def attach(self, target: object) -> Iterator[None]:
         """See `Drafter`."""

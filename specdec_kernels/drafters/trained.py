@@ -36,6 +36,11 @@ class TrainedHeads(DraftNetwork):
         self._ids = torch.arange(vocab_size)
         self._packed = PackedWeights()
 
+    @property
+    def num_parameters(self) -> int:  # type: ignore[override]
+        """See `DraftNetwork`."""
+        return sum(weight.numel() for weight in self.weights.values())
+
     def take_draft_vocab(self, checkpoint: Checkpoint, size: int) -> None:
         """The tensor `d2t` [U]: draft id u is target id `u + d2t[u]`. Without it the draft
         vocabulary of `size` = U tokens must be the target's.

@@ -58,6 +58,7 @@ class DraftModel(DraftNetwork):
         if tokenizers is not None:
             check_same_vocabulary(*tokenizers)
         self.model = model
+        self.num_parameters = sum(p.numel() for p in model.parameters())
         self._has_same_tokens = tokenizers is not None
         embeddings: Any = model.get_input_embeddings()
         self._last_id = int(embeddings.num_embeddings) - 1

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from .drafters import Line, compare
 from .records import Records
 from .what_if import CARDS, EFFICIENCY, HOST_SECONDS, LLAMA_8B
 
@@ -104,15 +105,20 @@ def _sections(records: Records) -> Iterator[tuple[str, str]]:
             title = "Cost of a forward pass"
             drawn = plots.both_themes(plots.cost_curve(curve, main["machine"]), f"{title} {key}")
             yield title, f'{drawn}<p class="dim">{escape(key)}, by specdec tune.</p>'
+    lines = compare(records.e2e)
+    if len({line.name for line in lines}) > 1:
+        title = "Drafters compared"
+        drawn = plots.both_themes(plots.tokens_by_drafter(lines), title)
+        yield title, drawn + _drafters_table(lines)
     points = records.tokens_per_step()
     if len(points) > 1:
         categories = list(records.e2e[0]["summary"]["specdec"])
-        lines = {name: records.tokens_per_step(name) for name in categories}
+        curves = {name: records.tokens_per_step(name) for name in categories}
         title = "Tokens per step"
         note = "Full trees, without the budget; means over all verify steps."
         yield (
             title,
-            f'{plots.both_themes(plots.tokens_by_size(lines), title)}<p class="dim">{note}</p>',
+            f'{plots.both_themes(plots.tokens_by_size(curves), title)}<p class="dim">{note}</p>',
         )
     for record in records.ops:
         title = "Operators against the machine's limit"
@@ -154,6 +160,41 @@ def _ratios(rows: list[dict[str, Any]]) -> str:
         cells.append(f"<tr><td>{escape(op)} / {escape(baseline)}</td>{shown}</tr>")
     head = "<tr><th>faster than</th><th>least</th><th>median</th><th>most</th></tr>"
     return f"<table>{head}{''.join(cells)}</table>"
+
+
+def _drafters_table(lines: Sequence[Line]) -> str:
+    """What each drafter did; the formula stands beside what was measured."""
+    head = (
+        "drafter", "parameters", "tokens per step", "accepted at depth 1, 2, 3, 4",
+        "drafting, of a step", "tok/s", "against generate", "against its prompt lookup",
+        "by the formula",
+    )  # fmt: skip
+    rows = []
+    for line in lines:
+        lookup = line.lookup_speedup
+        cells = (
+            line.name,
+            f"{line.num_parameters / 1e6:.1f} M" if line.num_parameters else "",
+            f"{line.tokens_per_step['all']:.2f}",
+            ", ".join(f"{share:.0%}" for share in line.by_depth[:4]),
+            f"{line.draft_share:.0%}",
+            f"{line.tok_s:.1f}",
+            f"{line.speedup:.2f}x",
+            "" if lookup is None else f"{line.speedup / lookup:.2f}x",
+            f"{line.predicted:.2f}x",
+        )
+        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    titles = "".join(f"<th>{escape(name)}</th>" for name in head)
+    note = (
+        "The formula: 1 + a1 + a1 a2 + ... tokens of a step whose depths are right with these "
+        "probabilities whatever the text, over the measured time of a step in tokens of generate "
+        "(Leviathan et al., 2211.17192, equation 1 and theorem 3.8, with the measured cost of a "
+        "pass over a tree). It leaves out the prefill."
+    )
+    return (
+        f'<div class="scroll"><table><tr>{titles}</tr>{"".join(rows)}</table></div>'
+        f'<p class="dim">{escape(note)}</p>'
+    )
 
 
 def _what_if_note(points: dict[int, float]) -> str:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from .drafters import Line
 from .what_if import CARDS, LLAMA_8B, Target, speedup
 
 Draw = Callable[["Theme"], Figure]
@@ -105,6 +106,37 @@ def tokens_by_size(points: Mapping[str, Mapping[int, float]]) -> Draw:
         axes.set_xlabel("nodes of a tree, the root included")
         axes.set_ylabel("tokens per step")
         axes.legend(ncols=2)
+        return figure
+
+    return draw
+
+
+def tokens_by_drafter(lines: Sequence[Line]) -> Draw:
+    """Tokens per step of each category, a dot for each drafter."""
+    names = [name for name in lines[0].tokens_per_step if name != "all"] + ["all"]
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(7.6, 0.42 * len(names) + 1.6))
+        axes = figure.subplots()
+        for i, line in enumerate(lines):
+            known = [(n, row) for row, n in enumerate(names) if n in line.tokens_per_step]
+            values = [line.tokens_per_step[name] for name, _ in known]
+            marker = "osD^vPX*"[i // len(theme.colours) % 8]
+            axes.plot(
+                values,
+                [row for _, row in known],
+                marker,
+                label=line.name,
+                color=theme.colours[i % len(theme.colours)],
+                markersize=7,
+                alpha=0.85,
+            )
+        axes.axvline(1.0, color=theme.ink, linewidth=1)
+        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+        axes.invert_yaxis()
+        axes.grid(axis="y", color=theme.faint, linewidth=0.6)
+        axes.set_xlabel("tokens per step (mean over all steps)")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         return figure
 
     return draw

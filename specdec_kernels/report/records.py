@@ -31,9 +31,18 @@ class Records:
         with_budget = [e for e in self.e2e if e["machine"]["settings"]["budget"] is not False]
         return next(iter(with_budget or self.e2e), None)
 
+    @property
+    def _main_drafter(self) -> str | None:
+        return None if self.main is None else self.main["machine"]["settings"]["drafter"]
+
     def tokens_per_step(self, category: str = "all") -> dict[int, float]:
-        """Largest tree -> mean tokens per step, of full trees."""
-        full = [e for e in self.e2e if e["machine"]["settings"]["budget"] is False]
+        """Largest tree -> mean tokens per step, of the main record's drafter with full trees."""
+        full = [
+            e
+            for e in self.e2e
+            if e["machine"]["settings"]["budget"] is False
+            and e["machine"]["settings"]["drafter"] == self._main_drafter
+        ]
         points = {
             int(e["machine"]["settings"]["max_nodes"]): float(
                 e["summary"]["specdec"][category]["mean_tokens_per_step"]
