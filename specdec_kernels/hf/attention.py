@@ -86,11 +86,9 @@ def current_call() -> TreeCall | Localities | None:
     return _call.get()
 
 
-def swap_call(call: TreeCall | Localities | None) -> Any:
-    """Hand them something else until `handing` ends; what they read before."""
-    before = _call.get()
+def replace_call(call: TreeCall) -> None:
+    """Hand the layers that follow another tree, until `handing` ends."""
     _call.set(call)
-    return before
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ..drafters.checkpoint import Checkpoint
 from ..drafters.network import Level, TargetView
 from ..drafters.trained import TrainedHeads
 from ..shapes import num_words
-from .attention import TreeCall, current_call, swap_call
+from .attention import TreeCall, current_call, replace_call
 from .features import HFTargetView
 
 MODEL_TYPE = "speculative_streaming"
@@ -97,8 +97,7 @@ class SpeculativeStreams(TrainedHeads):
                 before = self._opening(decoder, target) if i == 0 else self._between
                 hook = layer.register_forward_pre_hook(before, with_kwargs=True)
                 hooks.callback(hook.remove)
-            hook = layers[-1].register_forward_hook(self._closing(target))
-            hooks.callback(hook.remove)
+            hooks.callback(layers[-1].register_forward_hook(self._close).remove)
             self._norm: Callable[[Tensor], Tensor] = decoder.norm
             target.target.watchers.append(self)
             hooks.callback(target.target.watchers.remove, self)
@@ -172,7 +171,7 @@ class SpeculativeStreams(TrainedHeads):
             self.num_own = hidden.shape[1]
             entered = self.enter(hidden)
             wider = _wider(call, self.num_streams)
-            self._call = swap_call(wider)
+            replace_call(wider)
             target.target.cache.num_nodes = wider.num_nodes
             positions = (wider.lengths[:, None] + wider.depths).long()
             self._positions = positions, decoder.rotary_emb(entered, position_ids=positions)
@@ -187,20 +186,14 @@ class SpeculativeStreams(TrainedHeads):
         positions, embeddings = self._positions
         return {**kwargs, "position_ids": positions, "position_embeddings": embeddings}
 
-    def _closing(self, target: HFTargetView) -> Any:
+    def _close(self, module: nn.Module, args: Any, hidden: Tensor) -> Tensor | None:
         """Behind the last layer: the streams leave, and stay here."""
-
-        def close(module: nn.Module, args: Any, hidden: Tensor) -> Tensor | None:
-            if self.num_own is None:
-                return None
-            swap_call(self._call)
-            target.target.cache.num_nodes = self._call.num_nodes
-            own, streams = hidden[:, : self.num_own], hidden[:, self.num_own :]
-            self._streams = streams.unflatten(1, (-1, self.num_streams))
-            self.num_own = None
-            return own
-
-        return close
+        if self.num_own is None:
+            return None
+        own, streams = hidden[:, : self.num_own], hidden[:, self.num_own :]
+        self._streams = streams.unflatten(1, (-1, self.num_streams))
+        self.num_own = None
+        return own
 
     def _adapter(self, name: str) -> Any:
         def adapt(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -224,7 +217,6 @@ class SpeculativeStreams(TrainedHeads):
         return found
 
     _streams: Tensor
-    _call: TreeCall
 
 
 def last_layers(model: Any, num_layers: int) -> list[nn.Module]:
