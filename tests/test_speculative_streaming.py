@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,33 @@ def _raise_at_second() -> Any:
             raise ArithmeticError("planted")
 
     return hook
+
+
+def test_another_thread_may_use_the_model_in_the_middle_of_a_step(
+    model: Any, rows: list[Tensor], tmp_path: Path
+) -> None:
+    """It generates while the last layer of a step with streams waits."""
+    drafter = ModelDrafter(load_heads(_saved(tmp_path)), TopKTree(5))
+    here, others, num_calls = threading.get_ident(), [], 0
+
+    def generate(row: Tensor, drafter: Any) -> list[int]:
+        decoder = SpeculativeDecoder(drafter)
+        options = {"max_new_tokens": 6, "do_sample": False, "custom_generate": decoder}
+        return model.generate(**left_pad([row]), **options)[0].tolist()
+
+    def interrupt(module: Any, args: Any) -> None:
+        nonlocal num_calls
+        if threading.get_ident() == here:
+            num_calls += 1
+            if num_calls in (2, 3):  # the prefill is the first
+                with ThreadPoolExecutor(1) as pool:
+                    others.append(pool.submit(generate, rows[1], None).result())
+
+    hook = model.get_decoder().layers[-1].mlp.register_forward_pre_hook(interrupt)
+    own = generate(rows[0], drafter)
+    hook.remove()
+    assert own == greedy(model, rows[0], 6)
+    assert others == [greedy(model, rows[1], 6)] * 2
 
 
 @pytest.mark.parametrize(

@@ -163,14 +163,13 @@ class SpeculativeStreams(TrainedHeads):
         """
 
         def open_(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            self.num_own = None
             call = current_call()
-            if not isinstance(call, TreeCall):
-                return None
+            if not isinstance(call, TreeCall) or call.lengths is not target.target.cache.lengths:
+                return None  # a prefill, or another thread's call
             hidden = args[0] if args else kwargs.pop("hidden_states")
             self.num_own = hidden.shape[1]
             entered = self.enter(hidden)
-            wider = _wider(call, self.num_streams)
+            self._call = wider = _wider(call, self.num_streams)
             replace_call(wider)
             target.target.cache.num_nodes = wider.num_nodes
             positions = (wider.lengths[:, None] + wider.depths).long()
@@ -180,7 +179,7 @@ class SpeculativeStreams(TrainedHeads):
         return open_
 
     def _between(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return None if self.num_own is None else (args, self._placed(kwargs))
+        return (args, self._placed(kwargs)) if self._is_at_work() else None
 
     def _placed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         positions, embeddings = self._positions
@@ -188,16 +187,20 @@ class SpeculativeStreams(TrainedHeads):
 
     def _close(self, module: nn.Module, args: Any, hidden: Tensor) -> Tensor | None:
         """Behind the last layer: the streams leave, and stay here."""
-        if self.num_own is None:
+        if not self._is_at_work():
             return None
         own, streams = hidden[:, : self.num_own], hidden[:, self.num_own :]
         self._streams = streams.unflatten(1, (-1, self.num_streams))
         self.num_own = None
         return own
 
+    def _is_at_work(self) -> bool:
+        """Between these layers, and in the thread that drafts: others may use the model, too."""
+        return self.num_own is not None and current_call() is self._call
+
     def _adapter(self, name: str) -> Any:
         def adapt(module: nn.Module, args: Any, output: Tensor) -> None:
-            if self.num_own is not None:
+            if self._is_at_work():
                 inner = self.linear(f"{name}.down", args[0][:, self.num_own :])
                 output[:, self.num_own :] += self.linear(f"{name}.up", inner)
 
@@ -217,6 +220,7 @@ class SpeculativeStreams(TrainedHeads):
         return found
 
     _streams: Tensor
+    _call: TreeCall | None = None
 
 
 def last_layers(model: Any, num_layers: int) -> list[nn.Module]:
