@@ -216,6 +216,41 @@ PackedLinearParams packed_linear_params(const TensorView& x, const TensorView& p
           int32(x.size(1)),   int32(num_outputs)};
 }
 
+RmsNormParams rms_norm_params(const TensorView& x, const TensorView& weight, double epsilon,
+                              const TensorView& out) {
+  return {
+      .x = x.data,
+      .weight = weight.data,
+      .out = out.data,
+      .stride_row = x.stride(0),
+      .rows = int32(x.size(0)),
+      .features = int32(x.size(1)),
+      .epsilon = static_cast<float>(epsilon),
+      .dtype = x.dtype,
+  };
+}
+
+RopeParams rope_params(const TensorView& q, const TensorView& k, const TensorView& cos,
+                       const TensorView& sin, void* q_out, void* k_out) {
+  const auto heads = [](const TensorView& x, void* out) {
+    return RopeHeads{x.data, out, x.stride(0), x.stride(1), x.stride(2), int32(x.size(1))};
+  };
+  return {
+      .q = heads(q, q_out),
+      .k = heads(k, k_out),
+      .cos = cos.data,
+      .sin = sin.data,
+      .stride_cos_b = cos.stride(0),
+      .stride_cos_n = cos.stride(1),
+      .stride_sin_b = sin.stride(0),
+      .stride_sin_n = sin.stride(1),
+      .batch = int32(q.size(0)),
+      .nodes = int32(q.size(2)),
+      .head_dim = int32(q.size(3)),
+      .dtype = q.dtype,
+  };
+}
+
 void check_topk(int64_t vocab, int64_t k) {
   if (k < 1 || k > vocab) {
     fail("topk_logprobs: k must be in [1, V] = [1, %ld], got %ld", vocab, k);

@@ -10,6 +10,8 @@
 #include "core/cache.hpp"
 #include "core/commit.hpp"
 #include "core/packed_linear.hpp"
+#include "core/rms_norm.hpp"
+#include "core/rope.hpp"
 #include "core/topk_logprobs.hpp"
 #include "core/tree_attention.hpp"
 #include "core/tree_mask.hpp"
@@ -87,6 +89,12 @@ BuildTreeParams build_tree_params(const TensorView& roots, const TensorView& can
 PackedLinearParams packed_linear_params(const TensorView& x, const TensorView& panels,
                                         int64_t num_outputs, const OptionalView& bias,
                                         const TensorView& out);
+
+RmsNormParams rms_norm_params(const TensorView& x, const TensorView& weight, double epsilon,
+                              const TensorView& out);
+
+RopeParams rope_params(const TensorView& q, const TensorView& k, const TensorView& cos,
+                       const TensorView& sin, void* q_out, void* k_out);
 
 void check_topk(int64_t vocab, int64_t k);
 TopkLogprobsParams topk_logprobs_params(const TensorView& logits, int64_t k,

@@ -73,11 +73,17 @@ void check_panels(const Tensor& x, const Tensor& panels, int64_t num_outputs,
   }
 }
 
+// The tensor, or a copy with unit stride in its last dimension.
+Tensor with_unit_stride(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) > 1 && x.stride(last) != 1 ? torch::stable::contiguous(x) : x;
+}
+
 auto packed_linear_cpu(const Tensor& x, const Tensor& panels, int64_t num_outputs,
                        OptionalTensor bias) {
   check_shapes("packed_linear", {x, panels, bias});
   check_panels(x, panels, num_outputs, bias);
-  const Tensor rows = x.size(1) > 1 && x.stride(1) != 1 ? torch::stable::contiguous(x) : x;
+  const Tensor rows = with_unit_stride(x);
   const Tensor packed_panels = packed(panels);
   const OptionalTensor packed_bias = packed(bias);
   Output out({x.size(0), num_outputs}, ScalarType::BFloat16);
@@ -86,6 +92,31 @@ auto packed_linear_cpu(const Tensor& x, const Tensor& panels, int64_t num_output
   cpu_kernels().packed_linear(packed_linear_params(view(rows), view(packed_panels), num_outputs,
                                                    view(packed_bias), out_view));
   return released(out);
+}
+
+auto rms_norm_cpu(const Tensor& x, const Tensor& weight, double epsilon) {
+  check_shapes("rms_norm", {x, weight});
+  const Tensor rows = with_unit_stride(x), scale = packed(weight);
+  const TensorView rows_view = view(rows);
+  Output out({x.size(0), x.size(1)}, x.scalar_type());
+  const TensorView out_view{
+      out.data<void>(), rows_view.dtype, {x.size(0), x.size(1)}, {x.size(1), 1}};
+  cpu_kernels().rms_norm(rms_norm_params(rows_view, view(scale), epsilon, out_view));
+  return released(out);
+}
+
+auto rope_cpu(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
+  check_shapes("rope", {q, k, cos, sin});
+  if (q.size(3) % 2 != 0) {
+    fail("rope: D must be even, got %ld", q.size(3));
+  }
+  const Tensor queries = with_unit_stride(q), keys = with_unit_stride(k);
+  const Tensor cosines = with_unit_stride(cos), sines = with_unit_stride(sin);
+  Output q_out({q.size(0), q.size(1), q.size(2), q.size(3)}, q.scalar_type());
+  Output k_out({k.size(0), k.size(1), k.size(2), k.size(3)}, q.scalar_type());
+  cpu_kernels().rope(rope_params(view(queries), view(keys), view(cosines), view(sines),
+                                 q_out.data<void>(), k_out.data<void>()));
+  return released(q_out, k_out);
 }
 
 // What the reference rejects in tensor contents.
@@ -148,6 +179,8 @@ STABLE_TORCH_LIBRARY_IMPL(specdec_kernels, CPU, library) {
   library.impl("commit", TORCH_BOX(&specdec::commit_cpu));
   library.impl("build_tree", TORCH_BOX(&specdec::build_tree_cpu));
   library.impl("packed_linear", TORCH_BOX(&specdec::packed_linear_cpu));
+  library.impl("rms_norm", TORCH_BOX(&specdec::rms_norm_cpu));
+  library.impl("rope", TORCH_BOX(&specdec::rope_cpu));
   library.impl("topk_logprobs", TORCH_BOX(&specdec::topk_logprobs_cpu));
   library.impl("tree_attention", TORCH_BOX(&specdec::tree_attention_cpu));
 }

@@ -124,3 +124,12 @@ def test_the_least_work_of_a_linear_layer_reads_each_weight_once() -> None:
     out = OPS["packed_linear"].reference(**inputs)
     read = 3 * 10 + 32 * 10 + 32  # rows, weights, bias
     assert least_work("packed_linear", inputs, out) == Work(2 * (read + 3 * 32), 2 * 3 * 32 * 10)
+
+
+def test_the_least_work_of_norms_and_rotations_is_every_tensor_once() -> None:
+    inputs = OPS["rms_norm"].inputs(R=3, F=10)
+    out = OPS["rms_norm"].reference(**inputs)
+    assert least_work("rms_norm", inputs, out) == Work(4 * (30 + 10 + 30))
+    inputs = OPS["rope"].inputs(B=2, H=3, G=1, N=5, D=4)
+    out = OPS["rope"].reference(**inputs)
+    assert least_work("rope", inputs, out) == Work(4 * 2 * 5 * 4 * (2 * (3 + 1) + 2))

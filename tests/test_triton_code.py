@@ -20,7 +20,7 @@ from triton_budgets import BUDGETS, VARIANTS, Budget
 
 from specdec_kernels.registry import OPS
 
-CPU_ONLY = "packed_linear"  # for CPUs without bfloat16 products; GPUs have them
+CPU_ONLY = ("packed_linear", "rms_norm", "rope")  # what PyTorch does well on GPUs, or compiled
 
 TESTS = Path(__file__).resolve().parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -70,7 +70,7 @@ def _named(record: dict[str, Any]) -> str:
 
 def test_nothing_spills_on_any_target(records: list[dict[str, Any]]) -> None:
     assert {record["target"] for record in records} == set(TARGETS)
-    assert {record["op"] for record in records} == set(OPS) - {CPU_ONLY}
+    assert {record["op"] for record in records} == set(OPS) - {*CPU_ONLY}
     spilling = [r for r in records if r["spills"] or r["counts"]["local"]]
     assert [(_named(r), r["target"], r["is_aligned"], r["spills"]) for r in spilling] == []
 
@@ -140,7 +140,7 @@ def test_the_inspection_sees_planted_faults(planted: dict[str, Any]) -> None:
 
 
 def test_no_launch_on_cpu_tensors_passes_in_silence() -> None:
-    _run("-c", _REFUSALS, CPU_ONLY)
+    _run("-c", _REFUSALS, *CPU_ONLY)
 
 
 _REFUSALS = """
@@ -148,7 +148,7 @@ import sys
 from importlib import import_module
 from specdec_kernels.registry import OPS
 for name, operator in OPS.items():
-    if name == sys.argv[1]:
+    if name in sys.argv[1:]:
         continue
     inputs = operator.inputs(**operator.cases[1])
     module = import_module(f"specdec_kernels.triton_kernels.{name}")

@@ -6,6 +6,8 @@ namespace specdec {
 struct BuildTreeParams;
 struct CommitParams;
 struct PackedLinearParams;
+struct RmsNormParams;
+struct RopeParams;
 struct SampleParams;
 struct TopkLogprobsParams;
 struct TreeAttentionParams;
@@ -18,6 +20,8 @@ struct CpuKernels {
   void (*build_tree)(const BuildTreeParams&);
   void (*commit)(const CommitParams&);
   void (*packed_linear)(const PackedLinearParams&);
+  void (*rms_norm)(const RmsNormParams&);
+  void (*rope)(const RopeParams&);
   void (*sample)(const SampleParams&);
   void (*topk_logprobs)(const TopkLogprobsParams&);
   void (*tree_attention)(const TreeAttentionParams&);

@@ -36,14 +36,6 @@ struct Column {
   int32_t first;       // output in lane 0
 };
 
-// from_float of kLanes values.
-inline void store_rounded(Bfloat16* target, Float lanes) {
-  const Uint bits = reinterpret_cast<Uint>(lanes);
-  const Uint rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const Short kept = __builtin_convertvector(lanes == lanes ? rounded : 0x7FC0u - Uint{}, Short);
-  std::memcpy(target, &kept, sizeof kept);
-}
-
 // out[r, column] for kRows rows of x [features, kRows] and kColumns columns.
 template <int kRows, int kColumns>
 void multiply_columns(const PackedLinearParams& params, const float* x, int32_t first_row,
@@ -82,15 +74,14 @@ void multiply_columns(const PackedLinearParams& params, const float* x, int32_t 
     for (int r = 0; r < kRows; ++r) {
       Bfloat16* target = params.out + int64_t{first_row + r} * params.outputs + first;
       if (left >= kLanes) {
-        store_rounded(target,
-                      params.bias == nullptr ? sums[r][c] : sums[r][c] + load(params.bias + first));
+        store(target, params.bias == nullptr ? sums[r][c] : sums[r][c] + load(params.bias + first));
         continue;
       }
       Bfloat16 bias[kLanes], lanes[kLanes];
       std::memset(bias, 0, sizeof bias);
       if (params.bias != nullptr)
         std::memcpy(bias, params.bias + first, static_cast<size_t>(left) * sizeof *bias);
-      store_rounded(lanes, sums[r][c] + load(bias));
+      store(lanes, sums[r][c] + load(bias));
       std::memcpy(target, lanes, static_cast<size_t>(left) * sizeof *lanes);
     }
   }

@@ -231,6 +231,39 @@ inline Float load(const Half* source) {
 #endif
 }
 
+// from_float of kLanes values.
+inline void store(Bfloat16* target, Float lanes) {
+  const Uint bits = reinterpret_cast<Uint>(lanes);
+  const Uint rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const Short kept = __builtin_convertvector(lanes == lanes ? rounded : 0x7FC0u - Uint{}, Short);
+  std::memcpy(target, &kept, sizeof kept);
+}
+
+inline void store(Half* target, Float lanes) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
+                      _mm512_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target),
+                   _mm256_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kLanes; ++i) target[i] = from_float<Half>(lanes[i]);
+#endif
+}
+
+// The values that T would hold.
+template <class T>
+inline Float rounded(Float lanes) {
+  T kept[kLanes];
+  store(kept, lanes);
+  return load(kept);
+}
+
+template <>
+inline Float rounded<float>(Float lanes) {
+  return lanes;
+}
+
 // The largest of `num` values, a multiple of kLanes, in lanes; NaN counts as -inf.
 template <class T>
 inline Float lanes_of(const T* values, int32_t num) {

@@ -6,6 +6,8 @@ namespace specdec::SPECDEC_ISA {
 void build_tree(const BuildTreeParams&);
 void commit(const CommitParams&);
 void packed_linear(const PackedLinearParams&);
+void rms_norm(const RmsNormParams&);
+void rope(const RopeParams&);
 void sample(const SampleParams&);
 void topk_logprobs(const TopkLogprobsParams&);
 void tree_attention(const TreeAttentionParams&);
@@ -14,7 +16,8 @@ void verify(const VerifyParams&);
 void write_kv(const WriteKvParams&);
 
 extern const CpuKernels kernels;
-const CpuKernels kernels{SPECDEC_ISA_NAME, build_tree,     commit,    packed_linear, sample,
-                         topk_logprobs,    tree_attention, tree_mask, verify,        write_kv};
+const CpuKernels kernels{SPECDEC_ISA_NAME, build_tree, commit, packed_linear,
+                         rms_norm,         rope,       sample, topk_logprobs,
+                         tree_attention,   tree_mask,  verify, write_kv};
 
 }  // namespace specdec::SPECDEC_ISA

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from ..hf.baseline import growing_layer, sdpa_attention, speculative_sampling, warpers
+from ..hf.baseline import (
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    growing_layer,
+    sdpa_attention,
+    speculative_sampling,
+    warpers,
+)
 from ..ops.packed_linear import weight_of
 from ..registry import OPS
 
@@ -214,6 +221,23 @@ def _linear(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: linear(x, weight, bias)
 
 
+def _hf_norm(inputs: Inputs) -> Callable[[], Tensor]:
+    norm: Any = LlamaRMSNorm(len(inputs["weight"]), inputs["epsilon"])
+    norm.weight = torch.nn.Parameter(inputs["weight"], requires_grad=False)
+    return lambda: norm(inputs["x"])
+
+
+def _hf_rope(inputs: Inputs) -> Callable[[], Any]:
+    return lambda: apply_rotary_pos_emb(*(inputs[name] for name in ("q", "k", "cos", "sin")))
+
+
+def _same_values(own: Run, reference: Run) -> bool:
+    pairs = [(own.outputs, reference.outputs)]
+    if isinstance(own.outputs, tuple):
+        pairs = list(zip(own.outputs, reference.outputs, strict=True))
+    return all(bool(torch.isclose(a, b, rtol=2**-7, atol=0.0).all()) for a, b in pairs)
+
+
 def _same_product(own: Run, reference: Run) -> bool:
     largest = reference.outputs.abs().max()
     return bool((own.outputs - reference.outputs).abs().max() <= largest * 2**-7)
@@ -230,4 +254,6 @@ INDEX_AND_COPY = Baseline("index_select + copy", _index_and_copy, _same_caches)
 DYNAMIC_LAYER = Baseline("hf DynamicCache", _dynamic_layer, _same_prefix)
 ROW_BY_ROW = Baseline("mask row by row", _row_by_row, _same_mask)
 PYTHON_HEAP = Baseline("python heap", _python_heap, _same_tree)
+HF_NORM = Baseline("hf LlamaRMSNorm", _hf_norm, _same_values)
+HF_ROPE = Baseline("hf apply_rotary_pos_emb", _hf_rope, _same_values)
 LINEAR = Baseline("torch linear", _linear, _same_product)

@@ -160,6 +160,16 @@ CASES: tuple[BenchCase, ...] = (
         for rows in (1, 8, 16, 64)
     ),
     *(
+        BenchCase("rms_norm", {"R": rows, "F": size}, (base.HF_NORM,), _unchanged)
+        for size in (576, 4096)
+        for rows in (1, 16, 64)
+    ),
+    *(
+        BenchCase("rope", {"B": 1, **heads, "N": nodes}, (base.HF_ROPE,), _unchanged)
+        for heads in ({"H": 9, "G": 3, "D": 64}, {"H": 32, "G": 8, "D": 128})
+        for nodes in (1, 16, 64)
+    ),
+    *(
         BenchCase("tree_mask", {"B": 1, "N": nodes}, (base.ROW_BY_ROW,), _unchanged)
         for nodes in (16, 64)
     ),

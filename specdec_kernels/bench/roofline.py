@@ -174,6 +174,12 @@ def _packed_linear(inputs: Inputs, outputs: Any) -> Work:
     return Work(traffic, 2 * x.shape[0] * x.shape[1] * inputs["num_outputs"])
 
 
+def _elementwise(inputs: Inputs, outputs: Any) -> Work:
+    """All tensors once."""
+    results = outputs if isinstance(outputs, tuple) else (outputs,)
+    return Work(num_bytes(*inputs.values(), *results))
+
+
 _LEAST: dict[str, Callable[[Inputs, Any], Work]] = {
     "tree_attention": _attention,
     "write_kv": _write,
@@ -181,6 +187,8 @@ _LEAST: dict[str, Callable[[Inputs, Any], Work]] = {
     "sample": _rows,
     "topk_logprobs": _rows,
     "packed_linear": _packed_linear,
+    "rms_norm": _elementwise,
+    "rope": _elementwise,
     "commit": _commit,
     "tree_mask": _tree_mask,
     "build_tree": _build_tree,

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..drafting import ProposalBuilder, SamplingParams
 from ..forest import DraftNode
 from ..hf.attention import tree_attention_in
-from ..hf.packing import packed_linears
+from ..hf.fusing import fast_layers
 from ..hf.target import HFTarget
 from ..hf.text import TextModel
 from ..ops import sample, verify
@@ -196,7 +196,7 @@ def _measure_prompt(
     with (
         torch.no_grad(),
         tree_attention_in(subject.model),
-        packed_linears(subject.model),
+        fast_layers(subject.model),
         laws.attach(target, num, nodes),
     ):
         last = target.prefill([sequence])

@@ -17,6 +17,17 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import _speculative_sampling
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+__all__ = [
+    "LlamaRMSNorm",
+    "apply_rotary_pos_emb",
+    "compiled_static_cache",
+    "growing_layer",
+    "sdpa_attention",
+    "speculative_sampling",
+    "warpers",
+]
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

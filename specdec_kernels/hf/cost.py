@@ -14,7 +14,7 @@ from ..budget import CostCurve
 from ..shapes import PAD
 from ..tree import TokenTree
 from .attention import tree_attention_in
-from .packing import packed_linears
+from .fusing import fast_layers
 from .target import HFTarget
 
 NODES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -54,7 +54,7 @@ def measure_cost(
     tokens = torch.randint(target.vocab_size, (num_prefix + max(sizes),), generator=generator)
     drafts = tokens[num_prefix:].tolist()
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
-    with tree_attention_in(model), packed_linears(model):
+    with tree_attention_in(model), fast_layers(model):
         target.prefill([tokens[:num_prefix].tolist()])
         for round_ in range(repeats + 1):
             for size in sizes:

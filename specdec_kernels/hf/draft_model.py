@@ -18,8 +18,8 @@ from ..drafters.model import ModelDrafter, SampledTree
 from ..drafters.network import DraftNetwork, Level, TargetView
 from ..shapes import PAD
 from .attention import tree_attention_in
+from .fusing import fast_layers
 from .growing import GrowingTarget, num_positions
-from .packing import packed_linears
 from .support import check_model
 
 DRAFT_VOCAB = "draft_vocab.safetensors"
@@ -94,7 +94,7 @@ class DraftModel(DraftNetwork):
             )
         if self.offsets is not None:
             self.offsets = self.offsets.to(target.device)
-        with tree_attention_in(self.model), packed_linears(self.model):
+        with tree_attention_in(self.model), fast_layers(self.model):
             try:
                 yield
             finally:

@@ -27,8 +27,8 @@ from .cache import CACHE_KEYWORDS, TreeCache
 from .compiled import Backend, compiled_capacity
 from .cost import cost_key
 from .features import HFTargetView
+from .fusing import fast_layers
 from .options import Options
-from .packing import packed_linears
 from .processors import Processors, fused_bias
 from .ranks import agreement
 from .record import ScoreRecord
@@ -187,7 +187,7 @@ class SpeculativeDecoder:
         self.stats = DecodeStats.start(len(prompts))
         with (
             tree_attention_in(model),
-            packed_linears(model, self.pack, compiled=bool(self.compile)),
+            fast_layers(model, self.pack, compiled=bool(self.compile)),
             _attached(self.drafter, target),
             target.cache.in_use(),
         ):

@@ -3,6 +3,8 @@
 from .build_tree import build_tree
 from .commit import commit
 from .packed_linear import packed_linear, panels_of
+from .rms_norm import rms_norm
+from .rope import rope
 from .sample import sample
 from .topk_logprobs import topk_logprobs
 from .tree_attention import tree_attention
@@ -15,6 +17,8 @@ __all__ = [
     "commit",
     "packed_linear",
     "panels_of",
+    "rms_norm",
+    "rope",
     "sample",
     "topk_logprobs",
     "tree_attention",

@@ -1,0 +1,206 @@
+"""Norms and rotary embeddings in one operator each, while this package runs the model."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import rms_norm, rope
+from .attention import current_call
+from .packing import packed_linears
+
+_ROPE = "apply_rotary_pos_emb"
+"""What the modeling files of transformers call it."""
+_ROPE_PARAMETERS = ("q", "k", "cos", "sin", "unsqueeze_dim")
+_DTYPES = (torch.bfloat16, torch.float16)
+
+Rope = Callable[..., tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def fast_layers(
+    model: nn.Module, pack: bool | None = None, *, compiled: bool = False
+) -> Iterator[None]:
+    """Let a model on the CPU run with fewer and larger operators, and give it back.
+
+    16-bit models only: float32 stays bit for bit what it was. A norm or rotary embedding is
+    replaced if, tried on random numbers, it computes what the operator computes.
+
+    Args:
+        pack: see `packed_linears`.
+        compiled: `torch.compile` sees the model, and fuses by itself.
+    """
+    with ExitStack() as lent:
+        lent.enter_context(packed_linears(model, pack, compiled=compiled))
+        if not compiled:
+            lent.enter_context(_fused_norms(model))
+            lent.enter_context(_fused_rope(model))
+        yield
+
+
+@contextmanager
+def _fused_norms(model: nn.Module) -> Iterator[None]:
+    norms = [module for module in model.modules() if _is_rms_norm(module)]
+    try:
+        for norm in norms:
+            norm.__dict__["forward"] = _norm_forward(norm)
+        yield
+    finally:
+        for norm in norms:
+            norm.__dict__.pop("forward", None)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, nn.Parameter)
+        and weight.dim() == 1
+        and _is_fusable(weight)
+        and isinstance(getattr(module, "variance_epsilon", None), float)
+        and len(list(module.parameters())) == 1
+        and not list(module.buffers())
+        and not list(module.children())
+        and "forward" not in module.__dict__
+        and _computes_rms_norm(module)
+    )
+
+
+_norm_classes: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _computes_rms_norm(module: Any) -> bool:
+    """Whether modules of its class do, tried once."""
+    kind = type(module)
+    if kind not in _norm_classes:
+        generator = torch.Generator().manual_seed(0)
+        shape, dtype = (16, len(module.weight)), module.weight.dtype
+        x = torch.randn(shape, generator=generator).to(dtype)
+        weight = torch.rand(shape[1], generator=generator).to(dtype)  # ones would hide a formula
+        try:
+            with torch.no_grad():
+                own = torch.func.functional_call(module, {"weight": weight}, (x,))
+            _norm_classes[kind] = _agree(own, rms_norm(x, weight, module.variance_epsilon))
+        except (RuntimeError, TypeError, ValueError):  # wants something else
+            _norm_classes[kind] = False
+    return _norm_classes[kind]
+
+
+def _norm_forward(norm: Any) -> Callable[[Tensor], Tensor]:
+    weight, epsilon, own = norm.weight, norm.variance_epsilon, type(norm).forward
+    size, dtype = len(weight), weight.dtype
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        fits = hidden_states.dtype == dtype and hidden_states.shape[-1] == size
+        if not fits or torch.is_grad_enabled():
+            whole: Tensor = own(norm, hidden_states)
+            return whole
+        rows = hidden_states.reshape(-1, size)
+        normed: Tensor = rms_norm(rows, weight, epsilon)
+        return normed.view(hidden_states.shape)
+
+    return forward
+
+
+@contextmanager
+def _fused_rope(model: nn.Module) -> Iterator[None]:
+    files = {sys.modules[type(module).__module__] for module in model.modules()}
+    some = next(model.parameters(), None)
+    files = {f for f in files if some is not None and _is_fusable(some) and _has_rope(f, some)}
+    try:
+        for file in files:
+            _lend(file)
+        yield
+    finally:
+        for file in files:
+            _give_back(file)
+
+
+def _has_rope(file: Any, some: Tensor) -> bool:
+    with _lock:
+        own = _loans[file][0] if file in _loans else getattr(file, _ROPE, None)
+    return inspect.isfunction(own) and _computes_rope(own, some.dtype)
+
+
+_rope_functions: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def _computes_rope(function: Rope, dtype: torch.dtype) -> bool:
+    """Whether it is the operator, tried once."""
+    if function not in _rope_functions:
+        generator = torch.Generator().manual_seed(0)
+        q, k, cos, sin = (
+            torch.randn(shape, generator=generator).to(dtype)
+            for shape in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8))
+        )
+        is_one = tuple(inspect.signature(function).parameters) == _ROPE_PARAMETERS
+        try:
+            pairs = zip(function(q, k, cos, sin), rope(q, k, cos, sin), strict=True)
+            _rope_functions[function] = is_one and all(_agree(*pair) for pair in pairs)
+        except (RuntimeError, TypeError, ValueError):
+            _rope_functions[function] = False
+    return _rope_functions[function]
+
+
+_lock = threading.RLock()
+_loans: dict[Any, tuple[Rope, int]] = {}
+"""Modeling file -> its own function, and how many use the other one. Threads may share a file."""
+
+
+def _lend(file: Any) -> None:
+    with _lock:
+        own, users = _loans.get(file, (getattr(file, _ROPE), 0))
+        _loans[file] = own, users + 1
+        if not users:
+            setattr(file, _ROPE, _rope_of(own))
+
+
+def _give_back(file: Any) -> None:
+    with _lock:
+        own, users = _loans[file]
+        _loans[file] = own, users - 1
+        if users == 1:
+            setattr(file, _ROPE, own)
+            del _loans[file]
+
+
+def _rope_of(own: Rope) -> Rope:
+    def apply_rotary_pos_emb(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        fits = (
+            current_call() is not None  # others may use the file, too
+            and unsqueeze_dim == 1
+            and _is_fusable(q)
+            and q.dtype == k.dtype == cos.dtype == sin.dtype
+            and q.dim() == k.dim() == 4
+            and cos.shape[1:] == sin.shape[1:] == (q.shape[2], q.shape[3])
+            and not torch.is_grad_enabled()
+        )
+        if not fits:
+            return own(q, k, cos, sin, unsqueeze_dim)
+        batch = (len(q), -1, -1)
+        turned: tuple[Tensor, Tensor] = rope(q, k, cos.expand(batch), sin.expand(batch))
+        return turned
+
+    return apply_rotary_pos_emb
+
+
+def _is_fusable(tensor: Tensor) -> bool:
+    return tensor.dtype in _DTYPES and tensor.device.type == "cpu"
+
+
+def _agree(own: Any, other: Tensor) -> bool:
+    """But for a last bit here and there, where sums were made in another order."""
+    if not isinstance(own, Tensor) or own.shape != other.shape or own.dtype != other.dtype:
+        return False
+    error = (own.float() - other.float()).abs()
+    last_bit = torch.finfo(own.dtype).eps * own.float().abs()
+    return bool((error <= last_bit).all()) and float((error == 0).float().mean()) > 0.98
