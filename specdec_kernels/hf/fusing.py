@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..ops import rms_norm, rope
 from .attention import current_call
-from .packing import packed_linears
+from .packing import lent_forwards, packed_linears
 
 _ROPE = "apply_rotary_pos_emb"
 """What the modeling files of transformers call it."""
@@ -41,21 +41,10 @@ def fast_layers(
     with ExitStack() as lent:
         lent.enter_context(packed_linears(model, pack, compiled=compiled))
         if not compiled:
-            lent.enter_context(_fused_norms(model))
+            norms = [module for module in model.modules() if _is_rms_norm(module)]
+            lent.enter_context(lent_forwards(norms, _norm_forward))
             lent.enter_context(_fused_rope(model))
         yield
-
-
-@contextmanager
-def _fused_norms(model: nn.Module) -> Iterator[None]:
-    norms = [module for module in model.modules() if _is_rms_norm(module)]
-    try:
-        for norm in norms:
-            norm.__dict__["forward"] = _norm_forward(norm)
-        yield
-    finally:
-        for norm in norms:
-            norm.__dict__.pop("forward", None)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..layouts import Layout, layout_of
 
 _MOST_OF_FREE = 0.5
 """Unasked, packed copies take at most this share of the free memory."""
+_Module = TypeVar("_Module", bound=nn.Module)
 _CGROUP = Path("/sys/fs/cgroup")
 _packed: weakref.WeakKeyDictionary[nn.Linear, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
 
@@ -36,13 +37,22 @@ def packed_linears(
     linears = [] if pack is False else list(_packable_in(model, compiled))
     if pack is None and not _fits([m for m in linears if not _is_packed(m)]):
         linears = []
+    with lent_forwards(linears, _forward):
+        yield
+
+
+@contextmanager
+def lent_forwards(
+    modules: Sequence[_Module], forward_of: Callable[[_Module], Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """Run these modules by other forwards, and give their own back."""
     try:
-        for linear in linears:
-            linear.__dict__["forward"] = _forward(linear)
+        for module in modules:
+            module.__dict__["forward"] = forward_of(module)
         yield
     finally:
-        for linear in linears:
-            linear.__dict__.pop("forward", None)
+        for module in modules:
+            module.__dict__.pop("forward", None)
 
 
 def _packable_in(model: nn.Module, compiled: bool) -> Iterator[nn.Linear]:
