@@ -200,6 +200,39 @@ def test_sampled_rows_depend_on_their_seed_alone(target, rows, saved, name: str)
         assert run([0, 1, 2], tree, None) == want[:, inputs["input_ids"].shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("name", ["medusa", "speculator", "eagle-3"])
+def test_a_conversation_that_goes_on_from_a_cache_drafts_as_a_new_one(
+    target, rows, saved, name: str
+) -> None:
+    """Heads that see the newest token alone do not have the others computed again."""
+    folder, _, formula, layers = saved[name]
+    checked = Checked(
+        load_heads(folder),
+        lambda tokens, path: formula(_features(target, tokens, layers), tokens, path),
+    )
+    decoder = SpeculativeDecoder(_drafter(checked, "top-k"))
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    first = target.generate(**left_pad(rows), custom_generate=decoder, **options)
+    cache = first["cache"] if "cache" in first else first["past_key_values"]
+    texts = [torch.tensor(greedy(target, row, 6)) for row in rows]
+    longer = [torch.cat([text, torch.tensor([7, 8, 9])]) for text in texts]
+    num_before, widths = checked.num_checked, []
+    hook = target.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            widths.append(kwargs["input_ids"].shape[1]) if "input_ids" in kwargs else None
+        ),
+        with_kwargs=True,
+    )
+    inputs = left_pad(longer)
+    second = target.generate(**inputs, custom_generate=decoder, past_key_values=cache, **options)
+    hook.remove()
+    # The last token of the first turn is not in the cache.
+    assert widths[0] == (max(map(len, longer)) if name == "eagle-3" else 4)
+    new = second.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    assert new == [greedy(target, row, 6)[len(row) :] for row in longer]
+    assert checked.num_checked > num_before + 20
+
+
 @pytest.mark.parametrize("name", ["eagle-3", "medusa-some", "medusa-rows", "speculator-some"])
 def test_heads_draft_only_what_their_vocabulary_holds(target, rows, saved, name: str) -> None:
     ids = draft_ids(VOCAB, DRAFT_VOCAB)

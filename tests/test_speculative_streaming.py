@@ -228,6 +228,23 @@ def test_the_text_is_the_target_s_and_the_model_is_left_as_it_was(
         assert not module._forward_pre_hooks
 
 
+def test_a_conversation_that_goes_on_from_a_cache_has_streams_at_once(
+    model: Any, rows: list[Tensor], tmp_path: Path
+) -> None:
+    drafter = ModelDrafter(load_heads(_saved(tmp_path)), TopKTree(5))
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    decoder = SpeculativeDecoder(drafter)
+    first = model.generate(**left_pad(rows), custom_generate=decoder, **options)
+    cache = first["cache"] if "cache" in first else first["past_key_values"]
+    longer = [torch.tensor([*greedy(model, row, 3), 7, 8]) for row in rows]
+    inputs = left_pad(longer)
+    second = model.generate(**inputs, custom_generate=decoder, past_key_values=cache, **options)
+    new = second.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    assert new == [greedy(model, row, 3)[len(row) :] for row in longer]
+    assert decoder.stats is not None and decoder.stats.num_drafted == [4, 4, 4]
+    assert decoder.stats.num_steps == [2, 2, 2]  # of which the last one has no room for drafts
+
+
 def test_an_error_between_the_layers_leaves_the_model_as_it_was(
     model: Any, rows: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

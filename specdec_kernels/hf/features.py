@@ -88,6 +88,7 @@ class _Features:
 
     def __init__(self, num_layers: int, only_last: bool, empty: Tensor) -> None:
         self.empty = empty
+        self.wants_all = not only_last
         self._only_last = only_last
         self._parts: list[Tensor | None] = [None] * max(1, num_layers)
         self._pending: list[list[Tensor]] = []
@@ -107,7 +108,7 @@ class _Features:
     def prefilled(self, lengths: Sequence[int]) -> None:
         """See `Watcher`."""
         features = self._computed()
-        first = (lambda n: n - 1) if self._only_last else (lambda n: 0)
+        first = (lambda n: max(0, n - 1)) if self._only_last else (lambda n: 0)
         self._pending = [[features[b, first(n) : n].clone()] for b, n in enumerate(lengths)]
 
     def committed(self, path: Tensor, num_kept: Tensor) -> None:

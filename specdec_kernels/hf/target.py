@@ -18,10 +18,18 @@ from .compiled import Backend, CompiledStep, pad_tree
 
 
 class Watcher(Protocol):
-    """Who wants to know which computed tokens are kept."""
+    """Who wants to know which computed tokens are kept.
+
+    Attributes:
+        wants_all: every token's pass, also of those that a cache holds already.
+    """
+
+    wants_all: bool
 
     def prefilled(self, lengths: Sequence[int]) -> None:
-        """All prompt tokens are, in rows packed to the left."""
+        """So many tokens of each row's prompt are, packed to the left. 0 of each where a cache is
+        continued: what it does not hold is then `committed` as a tree.
+        """
 
     def committed(self, path: Tensor, num_kept: Tensor) -> None:
         """These nodes of the last tree are; see `HFTarget.commit`."""
@@ -79,7 +87,7 @@ class HFTarget:
         cache = self.cache
         shared = cache.rewind(prompts)
         cache.reserve(self._capacity)
-        if any(shared) and not self.watchers:  # they want to see every token
+        if any(shared) and not any(watcher.wants_all for watcher in self.watchers):
             return self._continue(prompts, shared)
         lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=self.device)
         width = int(lengths.max())
@@ -126,8 +134,10 @@ class HFTarget:
             torch.tensor([len(n) for n in new], dtype=torch.int32, device=self.device),
         )
         logits = self._score(tree, logits_to_keep=(tree.num_nodes.long() - 1)[:, None])
+        for watcher in self.watchers:
+            watcher.prefilled([0] * len(prompts))
         path = torch.arange(tree.tokens.shape[1], dtype=torch.int32, device=self.device)
-        cache.commit(path.expand(len(prompts), -1).contiguous(), tree.num_nodes)
+        self.commit(path.expand(len(prompts), -1).contiguous(), tree.num_nodes)
         return logits[:, 0]
 
     def _score(self, tree: TokenTree, **options: Any) -> Tensor:
