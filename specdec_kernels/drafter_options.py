@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 DraftModelName = Annotated[
     str | None,
-    typer.Option("--draft-model", help="For --drafter draft: a folder or id, as for --model."),
+    typer.Option(
+        "--draft-model", help="For --drafter draft or auto: a folder or id, as for --model."
+    ),
 ]
 ExitLayer = Annotated[
     int | None, typer.Option(min=1, help="For --drafter early-exit: layers of the target to run.")
@@ -60,7 +62,7 @@ _NEEDS = {"draft": "draft_model", "early-exit": "exit_layer"} | {
     name: "heads" for name in _HEADS if name not in _SHIPPED
 }
 """Drafter -> the option that it needs."""
-_MAY_HAVE = {"heads": (*_SHIPPED, "auto")}
+_MAY_HAVE = {"heads": (*_SHIPPED, "auto"), "draft_model": ("auto",)}
 """Option -> the drafters that take it and need not have it."""
 _HAVE_TREES = (*_NEEDS, *_SHIPPED)
 
@@ -88,7 +90,7 @@ class DrafterOptions:
         max_nodes: most nodes of a tree, root included; None is the drafter's default.
         draft_model, exit_layer: what `draft` and `early-exit` need.
         heads: what drafters with trained heads need, unless they are `eagle` or `mlp`, which
-            otherwise have the package's own; `auto` may have them.
+            otherwise have the package's own. `auto` may have one of `heads` and `draft_model`.
         tree: "top-k" or children by depth, joined by "-".
         depth, width: of a top-k tree; None is its default.
         siblings: how a sampled tree draws them.
@@ -127,6 +129,8 @@ class DrafterOptions:
             raise typer.BadParameter(
                 f"--{self._tree_options()[0]} needs --drafter {', '.join(_HAVE_TREES)}"
             )
+        if self.heads is not None and self.draft_model is not None:
+            raise typer.BadParameter("--drafter auto takes --heads or --draft-model, not both")
         self._text_drafter()
 
     def check_network(self) -> None:
@@ -144,7 +148,7 @@ class DrafterOptions:
             ValueError: a draft model or heads that cannot be loaded or do not fit.
         """
         if self.name not in _HAVE_TREES:
-            return self._text_drafter()
+            return self._text_drafter(subject)
         from .drafters import ModelDrafter
 
         return ModelDrafter(self.network(subject), self._plan())
@@ -166,7 +170,7 @@ class DrafterOptions:
         if self.heads is None:
             return shipped_heads(self.name)
         network = load_heads(self.heads)
-        kinds, found = _HEADS[self.name], type(network).__name__
+        kinds, found = _HEADS.get(self.name, ()), type(network).__name__
         if kinds and found not in kinds:
             raise ValueError(
                 f"{self.heads}: --drafter {self.name} needs {' or '.join(kinds)}, found {found}"
@@ -199,12 +203,15 @@ class DrafterOptions:
             if getattr(self, name) != getattr(default, name)
         ]
 
-    def _text_drafter(self) -> Drafter | None:
+    def _text_drafter(self, subject: TextModel | None = None) -> Drafter | None:
+        """With the network that `auto` merges, once there is a subject."""
         from .drafters import load_heads, make_drafter
 
-        given = {} if self.max_nodes is None else {"max_nodes": self.max_nodes}
-        if self.heads is not None:  # of auto
-            return make_drafter(self.name, heads=load_heads(self.heads), **given)
+        given: dict[str, Any] = {} if self.max_nodes is None else {"max_nodes": self.max_nodes}
+        if subject is None and self.heads is not None:
+            load_heads(self.heads)  # what is wrong with them is said before a model is loaded
+        elif subject is not None and (self.heads or self.draft_model):
+            given["heads"] = self.network(subject)
         drafter = make_drafter(self.name, **given)
         if given and drafter is None:
             raise typer.BadParameter(f"--max-nodes needs a drafter, got --drafter {self.name}")

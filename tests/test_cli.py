@@ -100,6 +100,7 @@ def test_generate_writes_the_tokens_of_generate(
         ["--drafter", "early-exit", "--exit-layer", "1", "--tree", "2-1", "--siblings", "greedy"],
         ["--drafter", "draft", "--draft-model", "FOLDER", "--depth", "3", "--width", "2"],
         ["--drafter", "draft", "--draft-model", "FOLDER", "--tree", "1-1-1"],
+        ["--drafter", "auto", "--draft-model", "FOLDER", "--no-budget"],
         ["--drafter", "heads", "--heads", "HEADS", "--max-nodes", "6"],
         ["--drafter", "auto", "--heads", "HEADS", "--no-budget"],
     ],
@@ -240,6 +241,10 @@ def test_a_low_terminal_shows_the_text_alone() -> None:
             r"needs a drafter",
         ),
         (["generate", "--prompt", "a", "--drafter", "draft"], r"draft needs --draft-model"),
+        (
+            ["generate", "--prompt", "a", "--draft-model", "b", "--heads", "c"],
+            r"auto takes --heads or --draft-model, not both",
+        ),
         (["generate", "--prompt", "a", "--exit-layer", "1"], r"does not take --exit-layer"),
         (["generate", "--prompt", "a", "--tree", "2-1"], r"--tree needs --drafter draft,"),
         ([*EXIT, "9"], r"exit layer must be in \[1, 1\] .*got 9"),
