@@ -30,14 +30,19 @@ NGRAM = 13
 """Tokens in a row that a conversation shares with another text only if it quotes it."""
 
 OPENERS = (
-    "", "", "", "", "What", "How", "Who", "Where", "When", "Why", "Is", "Write", "Explain", "Give",
+    "", "", "", "What", "How", "Who", "Where", "When", "Why", "Is", "Write", "Explain", "Give",
     "Describe", "List", "Imagine", "Compare", "Create", "Suggest", "Help me", "Calculate",
     "A farmer", "A shop sells", "If a train", "Anna has", "Write a Python function", "Write a C++",
-    "Rewrite the following", "Classify", "Translate German to English: Die",
-    "Translate German to English: Der", "Translate German to English: In", "Translate",
-    "Summarize: The", "Summarize: A", "Read the following",
+    "Rewrite the following", "Classify", "Translate", "Read the following", "{}", "{}", "{} {}",
+    "What is {}", "Who was {}", "Where is {}", "When did {}", "Tell me about {}", "{} has",
+    "If {} buys", "Write about {} and {}", "The {}", "In {}", "Question: {}", "Passage: {}",
+    "Summarize: {}", "Summarize: The {}", "Summarize: {} and {}", "Translate German to English: {}",
+    "Translate German to English: Die {}", "Translate German to English: Der {}",
 )  # fmt: skip
-"""How some user turns begin; the target goes on."""
+"""How some user turns begin; the target goes on. {} is any word among its tokens: what the target
+writes of its own accord is about few things.
+"""
+_SHORTEST_WORD = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,9 @@ class Writer:
         self._before, found, self._after = template.partition(mark)
         if not found:
             raise ValueError(f"{target.name}: its chat template leaves the user's turn out")
+        texts = (str(target.tokenizer.decode([i])) for i in range(len(target.tokenizer)))
+        words = {text.strip() for text in texts if text.startswith(" ")}
+        self._words = sorted(w for w in words if w.isalpha() and len(w) >= _SHORTEST_WORD) or [""]
 
     def write(self, num_tokens: int, first: int = 0) -> list[Path]:
         """Add shards until those from number `first` on, without a gap, hold so many tokens.
@@ -108,7 +116,7 @@ class Writer:
         if earlier and shard % CYCLE == CYCLE - 1:
             turns = [self._about(earlier, dice) for _ in range(BATCH)]
         else:
-            openers = [dice.choice(OPENERS) for _ in range(BATCH)]
+            openers = [self._opener(dice) for _ in range(BATCH)]
             starts = [self._before + opener for opener in openers]
             written = self._continue(starts, MAX_PROMPT, [1.0] * BATCH, shard)
             turns = [
@@ -123,6 +131,11 @@ class Writer:
             Conversation(prompt + answer, len(prompt))
             for prompt, answer in zip(encoded, answers, strict=True)
         ]
+
+    def _opener(self, dice: random.Random) -> str:
+        """The first words of a user's turn."""
+        form = dice.choice(OPENERS)
+        return form.format(*(dice.choice(self._words) for _ in range(form.count("{}"))))
 
     def _about(self, earlier: Sequence[Conversation], dice: random.Random) -> str:
         """A user's turn that quotes one to four earlier answers and may ask what one answered."""
