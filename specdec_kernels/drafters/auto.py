@@ -137,7 +137,6 @@ class AutoDrafter(Drafter):
         self._adviser: Adviser | None = None
         if isinstance(heads, DraftNetwork):
             self._adviser = Adviser(heads, *self._heads_size)
-            self.slots_per_node = heads.slots_per_node
         self._chain = self._order_of_asking()
         self._rows: list[_Row] = []
 

@@ -83,13 +83,11 @@ class Drafter(ABC):
         max_nodes: most nodes of a tree, the root included.
         wants_budget: whether decoders give it a `Budget` unless told otherwise: not where drafts
             are sampled, as the wall clock would then decide which draws are made.
-        slots_per_node: of the target's cache, for each node of a tree.
         num_parameters: of the network that drafts; 0 without one.
     """
 
     max_nodes: int
     wants_budget: bool = False
-    slots_per_node: int = 1
     num_parameters: int = 0
 
     def __str__(self) -> str:

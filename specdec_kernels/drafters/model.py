@@ -49,7 +49,6 @@ class ModelDrafter(Drafter):
         self.network = network
         self.tree = TopKTree() if tree is None else tree
         self.max_nodes = self.tree.max_nodes
-        self.slots_per_node = network.slots_per_node
         self.num_parameters = network.num_parameters
         if network.uses_target_slots:
             self.max_nodes = max(self.max_nodes, self.tree.num_slots + 1)

@@ -74,14 +74,12 @@ class DraftNetwork(ABC):
         max_depth: deepest level that it can draft; None for any.
         uses_target_slots: its nodes lie in the target's cache, behind the committed slots, which
             must have room for them.
-        slots_per_node: of the target's cache, for each node that the target scores.
         num_parameters: of its own, those of the target left out.
     """
 
     offsets: Tensor | None = None
     max_depth: int | None = None
     uses_target_slots = False
-    slots_per_node = 1
     num_parameters = 0
 
     def attach(self, target: TargetView) -> AbstractContextManager[object]:

@@ -166,8 +166,7 @@ class SpeculativeDecoder:
         stop = StopRule(criteria, pads, input_ids.shape[1], agree)
         max_lengths = [stop.max_length - len(p) for p in pads]
         check_positions(model, prompts, max(max_lengths))
-        drafter = self.drafter
-        nodes = 1 if drafter is None else drafter.max_nodes * drafter.slots_per_node
+        nodes = 1 if self.drafter is None else self.drafter.max_nodes
         capacity = max(max_lengths) + nodes
         if self.compile:
             capacity = compiled_capacity(max(max_lengths), nodes)

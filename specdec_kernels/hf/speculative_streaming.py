@@ -17,6 +17,7 @@ from ..drafters.network import Level, TargetView
 from ..drafters.trained import TrainedHeads
 from ..shapes import num_words
 from .attention import TreeCall, current_call, replace_call
+from .cache import TreeCache
 from .features import HFTargetView
 
 MODEL_TYPE = "speculative_streaming"
@@ -61,7 +62,6 @@ class SpeculativeStreams(TrainedHeads):
         super().__init__(checkpoint, size, number("vocab_size"))
         self.num_layers = number("num_layers")
         self.max_depth = self.num_streams = number("num_streams")
-        self.slots_per_node = 1 + self.num_streams
         rank = checkpoint.shape("enter.down", 2)[0]
         self.weights = {
             "streams": checkpoint.take("streams", [self.num_streams, size]),
@@ -172,6 +172,7 @@ class SpeculativeStreams(TrainedHeads):
             entered = self.enter(hidden)
             self._call = wider = _wider(call, self.num_streams)
             replace_call(wider)
+            _make_room(target.target.cache, wider)
             target.target.cache.num_nodes = wider.num_nodes
             positions = (wider.lengths[:, None] + wider.depths).long()
             self._positions = positions, decoder.rotary_emb(entered, position_ids=positions)
@@ -241,6 +242,13 @@ def last_layers(model: Any, num_layers: int) -> list[nn.Module]:
             f"got {num_layers}"
         )
     return list(layers[len(layers) - num_layers :])
+
+
+def _make_room(cache: TreeCache, call: TreeCall) -> None:
+    """For the streams of all nodes; by half more, so that it is seldom done."""
+    needed = int(call.lengths.max()) + call.depths.shape[1]
+    if needed > cache.capacity:
+        cache.reserve(needed + cache.capacity // 2)
 
 
 def _wider(call: TreeCall, num_streams: int) -> TreeCall:
