@@ -189,7 +189,8 @@ def _drafters_table(lines: Sequence[Line]) -> str:
         "The formula: 1 + a1 + a1 a2 + ... tokens of a step whose depths are right with these "
         "probabilities whatever the text, over the measured time of a step in tokens of generate "
         "(Leviathan et al., 2211.17192, equation 1 and theorem 3.8, with the measured cost of a "
-        "pass over a tree). It leaves out the prefill."
+        "pass over a tree). It leaves out the prefill, and a depth counts where a tree had it: "
+        "drafters that go deep only where they are sure get too much."
     )
     return (
         f'<div class="scroll"><table><tr>{titles}</tr>{"".join(rows)}</table></div>'
