@@ -121,10 +121,11 @@ def tokens_by_drafter(lines: Sequence[Line]) -> Draw:
         for i, line in enumerate(lines):
             known = [(n, row) for row, n in enumerate(names) if n in line.tokens_per_step]
             values = [line.tokens_per_step[name] for name, _ in known]
-            marker = "osD^vPX*"[i // len(theme.colours) % 8]
+            marker = "osD^vPX*"[i % 8]
+            aside = (i - (len(lines) - 1) / 2) * 0.6 / len(lines)  # equal ones stay apart
             axes.plot(
                 values,
-                [row for _, row in known],
+                [row + aside for _, row in known],
                 marker,
                 label=line.name,
                 color=theme.colours[i % len(theme.colours)],
