@@ -210,4 +210,4 @@ def test_confidence_takes_prompts_as_the_sample() -> None:
     assert half_width == pytest.approx(1.96 * 1.0)  # two means, 1 from the middle each: s.e. 1
 
 
-_TWO_EACH = Settings(contexts_per_prompt=2)
+_TWO_EACH = Settings((2, 1), (1.0,), contexts_per_prompt=2)

@@ -130,6 +130,13 @@ def test_drafters_are_compared_and_the_formula_stands_beside(
         # 1 + 1/2 + 1/4 + 1/16 tokens in 4 s / 80, which are 1.25 tokens of generate
         f"{1.8125 / 1.25:.2f}x",
     ]  # fmt: skip
+    batch = json.loads(other_drafter.read_text())
+    batch["machine"]["settings"] |= {"drafter": "batched", "batch": 4}
+    idle = json.loads(other_drafter.read_text())
+    idle["machine"]["settings"]["drafter"] = "idle"
+    idle["statistics"] |= {f"{part}_seconds": 0.0 for part in ("draft", "forward", "verify")}
+    idle["statistics"]["num_steps"] = 0
+    assert compare([batch, idle]) == []
     read = read_records([*records[:3], other_drafter])
     assert [line.num_parameters for line in compare(read.e2e)].count(0) == 3
     assert read.tokens_per_step() == read_records(records[:3]).tokens_per_step()

@@ -264,7 +264,7 @@ def test_training_computes_what_streams_compute_when_they_draft(
     with torch.no_grad(), tree_attention_in(model), network.attach(HFTargetView(target)):
         target.prefill([row[:n] for row, n in zip(rows, lengths, strict=True)])
         context = DraftContext(rows, [True] * 2, [60] * 2, torch.device("cpu"), VOCAB, GREEDY)
-        assert network.start(context).isneginf().all()  # no streams yet
+        assert not network.start(context).any()  # no streams yet: all tokens alike
         for _ in range(3):
             _steps(target, rows, lengths)
             lengths = [n + 4 for n in lengths]

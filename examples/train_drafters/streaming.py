@@ -15,8 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from training import HeadsSystem, later
 from transformers import AttentionInterface
 
+from specdec_kernels.drafters.heads import STREAMING
 from specdec_kernels.hf.features import HFTargetView
-from specdec_kernels.hf.speculative_streaming import MODEL_TYPE, SpeculativeStreams, last_layers
+from specdec_kernels.hf.speculative_streaming import SpeculativeStreams, last_layers
 
 NUM_LAYERS = 3
 """Those behind the highest features of the corpus."""
@@ -41,7 +42,7 @@ class Streams(HeadsSystem):
         self._layers = last_layers(model, NUM_LAYERS)
         size = target.hidden_size
         config = {
-            "model_type": MODEL_TYPE,
+            "model_type": STREAMING,
             "num_streams": num_depths,
             "num_layers": NUM_LAYERS,
             "hidden_size": size,

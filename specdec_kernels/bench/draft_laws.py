@@ -53,8 +53,7 @@ class OwnLaws(DraftLaws):
     """Laws made of the target: after some of its layers, and its own with noise.
 
     Args:
-        target: whose layers.
-        exit_layers: layers that the early exit runs.
+        exit_layers: layers of the target that the early exit runs.
         noise: logits; the noisy law is the target's logits / 1.2 plus so much Gaussian noise.
     """
 
@@ -63,6 +62,7 @@ class OwnLaws(DraftLaws):
 
     def __init__(self, exit_layers: int, noise: float) -> None:
         self._exit_layers, self._noise = exit_layers, noise
+        self._generator = torch.Generator().manual_seed(0)
 
     @contextmanager
     def attach(self, target: HFTarget, num_steps: int, num_nodes: int) -> Iterator[None]:
@@ -72,7 +72,6 @@ class OwnLaws(DraftLaws):
 
     def start(self, sequence: Sequence[int]) -> None:
         """See `DraftLaws`."""
-        self._generator = torch.Generator().manual_seed(len(sequence))
         self._drawn: Tensor | None = None
 
     def logits(

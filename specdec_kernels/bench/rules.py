@@ -56,8 +56,8 @@ class Settings:
         num_seeds: of acceptance, per tree.
     """
 
-    shape: tuple[int, ...] = (4, 2, 1, 1)
-    temperatures: tuple[float, ...] = (1.0, 0.6)
+    shape: tuple[int, ...]
+    temperatures: tuple[float, ...]
     exit_layers: int = 24
     noise: float = 2.0
     contexts_per_prompt: int = 50
@@ -74,7 +74,7 @@ def run_rules(
     prompts: Sequence[Prompt],
     *,
     num_contexts: int,
-    settings: Settings = Settings(),
+    settings: Settings,
     laws: DraftLaws | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Adviser:
         if self.network.offsets is not None:
             tokens = tokens + self.network.offsets[tokens]
         rows: Sequence[Advice] = [
-            Advice({token: share for token, share in zip(*row, strict=True) if share > 0})
+            Advice(dict(zip(*row, strict=True)))
             for row in zip(tokens.tolist(), logprobs.exp().tolist(), strict=True)
         ]
         return [list(rows[b * columns : (b + 1) * columns]) for b in range(batch)]

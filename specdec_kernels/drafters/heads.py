@@ -10,6 +10,9 @@ from .medusa import MedusaHeads
 from .mlp_speculator import MLPSpeculator
 from .network import DraftNetwork
 
+STREAMING = "speculative_streaming"
+"""The `model_type` of speculative streams, which have no published format."""
+
 
 def load_heads(folder: str | Path) -> DraftNetwork:
     """The heads in a folder, of the kind that its config and tensors tell.
@@ -25,7 +28,7 @@ def load_heads(folder: str | Path) -> DraftNetwork:
     config = checkpoint.config
     if "medusa_num_heads" in config or config.get("model_type") == "medusa":
         return MedusaHeads(checkpoint)
-    if config.get("model_type") == "speculative_streaming":
+    if config.get("model_type") == STREAMING:
         from ..hf.speculative_streaming import SpeculativeStreams  # the layers are transformers'
 
         return SpeculativeStreams(checkpoint)

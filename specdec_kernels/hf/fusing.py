@@ -100,9 +100,12 @@ def _norm_forward(norm: Any) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def _fused_rope(model: nn.Module) -> Iterator[None]:
-    files = {sys.modules[type(module).__module__] for module in model.modules()}
+    files = []
     some = next(model.parameters(), None)
-    files = {f for f in files if some is not None and _is_fusable(some) and _has_rope(f, some)}
+    if some is not None and _is_fusable(some):
+        names = {type(module).__module__ for module in model.modules()}
+        loaded = (sys.modules[name] for name in names if name in sys.modules)
+        files = [file for file in loaded if _has_rope(file, some.dtype)]
     try:
         for file in files:
             _lend(file)
@@ -112,10 +115,10 @@ def _fused_rope(model: nn.Module) -> Iterator[None]:
             _give_back(file)
 
 
-def _has_rope(file: Any, some: Tensor) -> bool:
+def _has_rope(file: Any, dtype: torch.dtype) -> bool:
     with _lock:
         own = _loans[file][0] if file in _loans else getattr(file, _ROPE, None)
-    return inspect.isfunction(own) and _computes_rope(own, some.dtype)
+    return inspect.isfunction(own) and _computes_rope(own, dtype)
 
 
 _rope_functions: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()

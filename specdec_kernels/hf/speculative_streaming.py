@@ -19,8 +19,7 @@ from ..shapes import num_words
 from .attention import TreeCall, current_call, replace_call
 from .cache import TreeCache
 from .features import HFTargetView
-
-MODEL_TYPE = "speculative_streaming"
+from .growing import num_positions
 
 
 class SpeculativeStreams(TrainedHeads):
@@ -34,7 +33,7 @@ class SpeculativeStreams(TrainedHeads):
 
     Nothing that the target computes for its own nodes sees a stream; their keys and values lie
     behind the tree's and are never committed. The streams of the last node that is kept make the
-    next draft. After the prefill there are none: the first step drafts nothing.
+    next draft. After the prefill there are none: the first draft is arbitrary.
 
     Args:
         checkpoint: `config.json` with `model_type` "speculative_streaming", `num_streams`,
@@ -151,12 +150,10 @@ class SpeculativeStreams(TrainedHeads):
         return self._logits(self._depth)[:, None].expand(-1, max(map(len, level)), -1)
 
     def _logits(self, stream: int) -> Tensor:
-        """[B, U] of every row's newest streams; all -inf where it has none."""
+        """[B, U] of every row's newest streams; all alike where it has none."""
         nothing = self._rows.new_zeros(self.target_size)
         states = torch.stack([nothing if s is None else s[stream] for s in self._newest])
-        logits = self.output_head("", self._norm(states))
-        missing = torch.tensor([s is None for s in self._newest], device=logits.device)
-        return logits.masked_fill(missing[:, None], -torch.inf)
+        return self.output_head("", self._norm(states))
 
     def _opening(self, decoder: Any, target: HFTargetView) -> Any:
         """Before the first of the layers: the streams enter, and the attention reads a tree that
@@ -169,13 +166,15 @@ class SpeculativeStreams(TrainedHeads):
                 return None  # a prefill, or another thread's call
             hidden = args[0] if args else kwargs.pop("hidden_states")
             self.num_own = hidden.shape[1]
+            nodes = self.num_own
             entered = self.enter(hidden)
             self._call = wider = _wider(call, self.num_streams)
             replace_call(wider)
             _make_room(target.target.cache, wider)
             target.target.cache.num_nodes = wider.num_nodes
-            positions = (wider.lengths[:, None] + wider.depths).long()
-            self._positions = positions, decoder.rotary_emb(entered, position_ids=positions)
+            ahead = (wider.lengths[:, None] + wider.depths[:, nodes:]).long()
+            ahead = ahead.clamp_max(num_positions(target.target.model) - 1)
+            self._ahead = ahead, decoder.rotary_emb(entered, position_ids=ahead)
             return (entered,), self._placed(kwargs)
 
         return open_
@@ -184,8 +183,20 @@ class SpeculativeStreams(TrainedHeads):
         return (args, self._placed(kwargs)) if self._is_at_work() else None
 
     def _placed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        positions, embeddings = self._positions
-        return {**kwargs, "position_ids": positions, "position_embeddings": embeddings}
+        """The layer's keywords with the streams' positions behind those of its own rows, whose
+        embeddings stay: those of some models change with the largest position.
+        """
+        ahead, embeddings = self._ahead
+        own = kwargs.get("position_embeddings")
+        if not isinstance(own, tuple) or any(part.dim() != 3 for part in own):
+            raise ValueError(
+                f"{self.folder}: streams need layers that are given rotary embeddings as cos and "
+                f"sin [B, N, D], got {type(own).__name__}"
+            )
+        pairs = zip(own, embeddings, strict=True)
+        joined = tuple(torch.cat([o.expand(len(e), -1, -1), e], 1) for o, e in pairs)
+        positions = torch.cat([kwargs["position_ids"].expand(len(ahead), -1), ahead], 1)
+        return {**kwargs, "position_ids": positions, "position_embeddings": joined}
 
     def _close(self, module: nn.Module, args: Any, hidden: Tensor) -> Tensor | None:
         """Behind the last layer: the streams leave, and stay here."""

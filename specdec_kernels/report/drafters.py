@@ -39,13 +39,15 @@ class Line:
 
 
 def compare(records: Sequence[Record]) -> list[Line]:
-    """A line for each record with a drafter, in the order given; later ones of one drafter with the
-    same settings take the place of earlier ones.
+    """A line for each record of a drafter that took steps, in the order given; later ones of one
+    drafter with the same settings take the place of earlier ones. Batches are left out: the time of
+    their steps is that of several rows.
     """
     lines: dict[tuple[Any, ...], Line] = {}
     for record in records:
         settings = record["machine"]["settings"]
-        if "statistics" in record and settings["drafter"] is not None:
+        num_steps = record.get("statistics", {}).get("num_steps", 0)
+        if num_steps and settings.get("batch", 1) == 1:
             key = tuple(settings[name] for name in ("drafter", "max_nodes", "budget"))
             lines[key] = _line(record)
     return list(lines.values())
@@ -55,7 +57,7 @@ def _line(record: Record) -> Line:
     summary, statistics = record["summary"], record["statistics"]
     own, settings = summary["specdec"], record["machine"]["settings"]
     draft, *others = (statistics[f"{part}_seconds"] for part in ("draft", "forward", "verify"))
-    step = (draft + sum(others)) / max(1, statistics["num_steps"])
+    step = (draft + sum(others)) / statistics["num_steps"]
     by_depth = statistics["acceptance_by_depth"]
     lookup = summary.get("prompt_lookup")
     return Line(
@@ -63,7 +65,7 @@ def _line(record: Record) -> Line:
         num_parameters=settings.get("drafter_parameters", 0),
         tokens_per_step={name: row["mean_tokens_per_step"] for name, row in own.items()},
         by_depth=by_depth,
-        draft_share=draft / (draft + sum(others)) if step else 0.0,
+        draft_share=draft / (draft + sum(others)),
         tok_s=own["all"]["tok_s"],
         speedup=own["all"]["speedup"],
         lookup_speedup=None if lookup is None else lookup["all"]["speedup"],
