@@ -26,6 +26,8 @@ from .drafters import (
 from .drafting import ProposalBuilder, SamplingParams
 from .forest import DraftNode
 from .ops import (
+    after_attention,
+    before_attention,
     build_tree,
     commit,
     packed_linear,
@@ -74,7 +76,9 @@ __all__ = [
     "TopKTree",
     "TotalStats",
     "Verified",
+    "after_attention",
     "available",
+    "before_attention",
     "best_static_tree",
     "build_tree",
     "commit",

@@ -20,7 +20,8 @@ from triton_budgets import BUDGETS, VARIANTS, Budget
 
 from specdec_kernels.registry import OPS
 
-CPU_ONLY = ("packed_linear", "rms_norm", "rope")  # what PyTorch does well on GPUs, or compiled
+CPU_ONLY = ("packed_linear", "rms_norm", "rope", "before_attention", "after_attention")
+"""What PyTorch does well on GPUs, or compiled."""
 
 TESTS = Path(__file__).resolve().parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")

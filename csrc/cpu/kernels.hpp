@@ -3,6 +3,8 @@
 
 namespace specdec {
 
+struct AfterAttentionParams;
+struct BeforeAttentionParams;
 struct BuildTreeParams;
 struct CommitParams;
 struct PackedLinearParams;
@@ -17,6 +19,8 @@ struct WriteKvParams;
 
 struct CpuKernels {
   const char* name;
+  void (*after_attention)(const AfterAttentionParams&);
+  void (*before_attention)(const BeforeAttentionParams&);
   void (*build_tree)(const BuildTreeParams&);
   void (*commit)(const CommitParams&);
   void (*packed_linear)(const PackedLinearParams&);

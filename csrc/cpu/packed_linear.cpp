@@ -4,7 +4,7 @@
 // A task owns some register columns (kLanes outputs each) and all rows, so that every weight comes
 // from memory once. Products accumulate in float over all features in order: a row's result does
 // not depend on the other rows, nor on the number of threads. Bytes moved: the panels.
-#include "../core/packed_linear.hpp"
+#include "packed_linear.hpp"
 
 #include "parallel.hpp"
 #include "scratch.hpp"
@@ -30,6 +30,10 @@ constexpr int columns_for(int rows) {
   return columns > kMaxColumns ? kMaxColumns : columns;
 }
 
+int64_t columns_of(const PackedWeight& weight) {
+  return (int64_t{weight.outputs} + kLanes - 1) / kLanes;
+}
+
 // The weights of one register column.
 struct Column {
   const float* pairs;  // the first; one pair of features is kPanelOutputs floats further
@@ -38,8 +42,8 @@ struct Column {
 
 // out[r, column] for kRows rows of x [features, kRows] and kColumns columns.
 template <int kRows, int kColumns>
-void multiply_columns(const PackedLinearParams& params, const float* x, int32_t first_row,
-                      const Column* columns) {
+void multiply_columns(const PackedWeight& weight, int32_t features, const float* x,
+                      int32_t first_row, const Column* columns) {
   Float sums[kRows][kColumns];  // in registers: every loop over it is unrolled
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
@@ -48,7 +52,7 @@ void multiply_columns(const PackedLinearParams& params, const float* x, int32_t 
   }
   const float* pairs[kColumns];
   for (int c = 0; c < kColumns; ++c) pairs[c] = columns[c].pairs;
-  const int32_t num_pairs = (params.features + 1) / 2;
+  const int32_t num_pairs = (features + 1) / 2;
   for (int32_t k = 0; k < num_pairs; ++k, x += 2 * kRows) {
     Float even[kColumns], odd[kColumns];
 #pragma GCC unroll 8
@@ -70,24 +74,25 @@ void multiply_columns(const PackedLinearParams& params, const float* x, int32_t 
   }
   for (int c = 0; c < kColumns; ++c) {
     const int32_t first = columns[c].first;
-    const int32_t left = params.outputs - first;
+    const int32_t left = weight.outputs - first;
     for (int r = 0; r < kRows; ++r) {
-      Bfloat16* target = params.out + int64_t{first_row + r} * params.outputs + first;
+      Bfloat16* target = weight.out + int64_t{first_row + r} * weight.outputs + first;
       if (left >= kLanes) {
-        store(target, params.bias == nullptr ? sums[r][c] : sums[r][c] + load(params.bias + first));
+        store(target, weight.bias == nullptr ? sums[r][c] : sums[r][c] + load(weight.bias + first));
         continue;
       }
       Bfloat16 bias[kLanes], lanes[kLanes];
       std::memset(bias, 0, sizeof bias);
-      if (params.bias != nullptr)
-        std::memcpy(bias, params.bias + first, static_cast<size_t>(left) * sizeof *bias);
+      if (weight.bias != nullptr)
+        std::memcpy(bias, weight.bias + first, static_cast<size_t>(left) * sizeof *bias);
       store(lanes, sums[r][c] + load(bias));
       std::memcpy(target, lanes, static_cast<size_t>(left) * sizeof *lanes);
     }
   }
 }
 
-using MultiplyColumns = void (*)(const PackedLinearParams&, const float*, int32_t, const Column*);
+using MultiplyColumns = void (*)(const PackedWeight&, int32_t, const float*, int32_t,
+                                 const Column*);
 
 template <int kRows, int... kColumns>
 MultiplyColumns choose_columns(int columns, std::integer_sequence<int, kColumns...>) {
@@ -106,15 +111,15 @@ MultiplyColumns choose(int rows, int columns, std::integer_sequence<int, kRows..
 
 // Rows [first, first + rows) as floats, [features rounded up to pairs, rows]; up to kLanes floats
 // behind them may change, too.
-void widen(const PackedLinearParams& params, int32_t first, int32_t rows, float* x) {
-  const Bfloat16* source = params.x + first * params.stride_row;
-  const int32_t whole = params.features / kLanes * kLanes;
+void widen(const PackedRows& input, int32_t first, int32_t rows, float* x) {
+  const Bfloat16* source = input.x + first * input.stride_row;
+  const int32_t whole = input.features / kLanes * kLanes;
   for (int32_t top = 0; top < rows; top += kLanes) {
     const int32_t count = rows - top < kLanes ? rows - top : kLanes;
     for (int32_t f = 0; f < whole; f += kLanes) {
       Float lanes[kLanes];
       for (int32_t r = 0; r < kLanes; ++r) {
-        lanes[r] = r < count ? load(source + (top + r) * params.stride_row + f) : Float{};
+        lanes[r] = r < count ? load(source + (top + r) * input.stride_row + f) : Float{};
       }
       transpose(lanes);
       for (int32_t i = 0; i < kLanes; ++i) {
@@ -127,52 +132,66 @@ void widen(const PackedLinearParams& params, int32_t first, int32_t rows, float*
       }
     }
   }
-  for (int32_t f = whole; f < round_up(params.features, 2); ++f) {
+  for (int32_t f = whole; f < round_up(input.features, 2); ++f) {
     for (int32_t r = 0; r < rows; ++r) {
-      const bool is_there = f < params.features;
-      x[int64_t{f} * rows + r] = is_there ? to_float(source[r * params.stride_row + f]) : 0.0f;
+      const bool is_there = f < input.features;
+      x[int64_t{f} * rows + r] = is_there ? to_float(source[r * input.stride_row + f]) : 0.0f;
     }
   }
 }
 
 }  // namespace
 
-void packed_linear(const PackedLinearParams& params) {
-  if (params.rows == 0 || params.outputs == 0) return;
+void multiply_packed(const PackedRows& input, const PackedWeight* weights, int num_weights) {
+  int64_t num_columns = 0;
+  for (int i = 0; i < num_weights; ++i) num_columns += columns_of(weights[i]);
+  if (input.rows == 0 || num_columns == 0) return;
   thread_local Scratch<float> scratch;
-  const int64_t padded = (int64_t{params.features} + 1) / 2 * 2;
-  float* x = scratch.reserve(padded * params.rows + kLanes);
+  const int64_t padded = (int64_t{input.features} + 1) / 2 * 2;
+  float* x = scratch.reserve(padded * input.rows + kLanes);
   // Blocks of about equal size: 17 rows are 9 and 8.
-  const int32_t num_blocks = (params.rows + kBlockRows - 1) / kBlockRows;
+  const int32_t num_blocks = (input.rows + kBlockRows - 1) / kBlockRows;
   const auto block_begin = [&](int32_t block) {
-    return static_cast<int32_t>(int64_t{params.rows} * block / num_blocks);
+    return static_cast<int32_t>(int64_t{input.rows} * block / num_blocks);
   };
   for (int32_t block = 0; block < num_blocks; ++block) {
     const int32_t begin = block_begin(block), end = block_begin(block + 1);
-    widen(params, begin, end - begin, x + padded * begin);
+    widen(input, begin, end - begin, x + padded * begin);
   }
-  const int64_t column_bytes = padded * kLanes * 2;
-  const int64_t num_columns = (int64_t{params.outputs} + kLanes - 1) / kLanes;
-  const int32_t most_rows = (params.rows + num_blocks - 1) / num_blocks;
-  const int32_t step = columns_for(most_rows);
-  parallel_for(num_columns, 1 + kMinBytes / (column_bytes + 1), [&](int64_t begin, int64_t end) {
+  const int32_t step = columns_for((input.rows + num_blocks - 1) / num_blocks);
+  // Columns [begin, end) of one weight.
+  const auto multiply = [&](const PackedWeight& weight, int64_t begin, int64_t end) {
     Column columns[kMaxColumns];
     for (int64_t at = begin; at < end; at += step) {
       const int32_t count = static_cast<int32_t>(end - at < step ? end - at : step);
       for (int32_t c = 0; c < count; ++c) {
         const int64_t column = at + c, panel = column / kColumnsPerPanel;
         const int64_t lane = column % kColumnsPerPanel * kLanes;
-        columns[c] = {reinterpret_cast<const float*>(params.panels) +
+        columns[c] = {reinterpret_cast<const float*>(weight.panels) +
                           panel * (padded / 2) * kPanelOutputs + lane,
                       static_cast<int32_t>(column * kLanes)};
       }
       for (int32_t block = 0; block < num_blocks; ++block) {
         const int32_t first = block_begin(block), rows = block_begin(block + 1) - first;
         choose(rows, count, std::make_integer_sequence<int, kBlockRows>())(
-            params, x + padded * first, first, columns);
+            weight, input.features, x + padded * first, first, columns);
       }
     }
+  };
+  const int64_t column_bytes = padded * kLanes * 2;
+  parallel_for(num_columns, 1 + kMinBytes / (column_bytes + 1), [&](int64_t begin, int64_t end) {
+    for (int i = 0; i < num_weights; ++i) {
+      const int64_t columns = columns_of(weights[i]);
+      multiply(weights[i], begin < 0 ? 0 : begin, end < columns ? end : columns);
+      begin -= columns;
+      end -= columns;
+    }
   });
+}
+
+void packed_linear(const PackedLinearParams& params) {
+  const PackedWeight weight{params.panels, params.bias, params.out, params.outputs};
+  multiply_packed({params.x, params.stride_row, params.rows, params.features}, &weight, 1);
 }
 
 }  // namespace specdec::SPECDEC_ISA

@@ -3,6 +3,8 @@
 
 namespace specdec::SPECDEC_ISA {
 
+void after_attention(const AfterAttentionParams&);
+void before_attention(const BeforeAttentionParams&);
 void build_tree(const BuildTreeParams&);
 void commit(const CommitParams&);
 void packed_linear(const PackedLinearParams&);
@@ -16,8 +18,9 @@ void verify(const VerifyParams&);
 void write_kv(const WriteKvParams&);
 
 extern const CpuKernels kernels;
-const CpuKernels kernels{SPECDEC_ISA_NAME, build_tree, commit, packed_linear,
-                         rms_norm,         rope,       sample, topk_logprobs,
-                         tree_attention,   tree_mask,  verify, write_kv};
+const CpuKernels kernels{SPECDEC_ISA_NAME, after_attention, before_attention, build_tree,
+                         commit,           packed_linear,   rms_norm,         rope,
+                         sample,           topk_logprobs,   tree_attention,   tree_mask,
+                         verify,           write_kv};
 
 }  // namespace specdec::SPECDEC_ISA

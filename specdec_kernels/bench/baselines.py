@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from ..hf.baseline import (
     LlamaRMSNorm,
@@ -222,25 +222,82 @@ def _linear(inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def _hf_norm(inputs: Inputs) -> Callable[[], Tensor]:
-    norm: Any = LlamaRMSNorm(len(inputs["weight"]), inputs["epsilon"])
-    norm.weight = torch.nn.Parameter(inputs["weight"], requires_grad=False)
+    norm = _norm_of({"norm_weight": inputs["weight"], "epsilon": inputs["epsilon"]})
     return lambda: norm(inputs["x"])
+
+
+def _norm_of(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    norm: Any = LlamaRMSNorm(len(inputs["norm_weight"]), inputs["epsilon"])
+    norm.weight = torch.nn.Parameter(inputs["norm_weight"], requires_grad=False)
+    made: Callable[[Tensor], Tensor] = norm
+    return made
 
 
 def _hf_rope(inputs: Inputs) -> Callable[[], Any]:
     return lambda: apply_rotary_pos_emb(*(inputs[name] for name in ("q", "k", "cos", "sin")))
 
 
+def _hf_before_attention(inputs: Inputs) -> Callable[[], Any]:
+    x, cos, sin = (inputs[name] for name in ("x", "cos", "sin"))
+    norm = _norm_of(inputs)
+    counts = (inputs["num_heads"], inputs["num_groups"], inputs["num_groups"])
+    weights = [
+        weight_of(inputs[f"{name}_panels"], count * cos.shape[2], x.shape[2])
+        for name, count in zip("qkv", counts, strict=True)
+    ]
+    biases = [inputs.get(f"{name}_bias") for name in "qkv"]
+
+    def call() -> Any:
+        normed = norm(x)
+        q, k, v = (
+            linear(normed, weight, bias).view(*x.shape[:2], -1, cos.shape[2]).transpose(1, 2)
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+        return *apply_rotary_pos_emb(q, k, cos, sin), v
+
+    return call
+
+
+def _hf_after_attention(inputs: Inputs) -> Callable[[], Tensor]:
+    attended, hidden = inputs["attended"], inputs["num_hidden"]
+    residual: Tensor = inputs["residual"]
+    values, features = attended.transpose(1, 2).flatten(2), residual.shape[2]
+    norm = _norm_of(inputs)
+    sizes = {
+        "o": (features, values.shape[2]),
+        "gate": (hidden, features),
+        "up": (hidden, features),
+        "down": (features, hidden),
+    }
+    weights = {name: weight_of(inputs[f"{name}_panels"], *size) for name, size in sizes.items()}
+
+    def product(name: str, x: Tensor) -> Tensor:
+        return linear(x, weights[name], inputs.get(f"{name}_bias"))
+
+    def call() -> Tensor:
+        new = residual + product("o", values)
+        normed = norm(new)
+        return new + product("down", silu(product("gate", normed)) * product("up", normed))
+
+    return call
+
+
 def _same_values(own: Run, reference: Run) -> bool:
-    pairs = [(own.outputs, reference.outputs)]
+    return all(
+        bool(torch.isclose(a, b, rtol=2**-7, atol=0.0).all()) for a, b in _pairs(own, reference)
+    )
+
+
+def _same_products(own: Run, reference: Run) -> bool:
+    return all(
+        bool((a - b).abs().max() <= b.abs().max() * 2**-7) for a, b in _pairs(own, reference)
+    )
+
+
+def _pairs(own: Run, reference: Run) -> list[tuple[Tensor, Tensor]]:
     if isinstance(own.outputs, tuple):
-        pairs = list(zip(own.outputs, reference.outputs, strict=True))
-    return all(bool(torch.isclose(a, b, rtol=2**-7, atol=0.0).all()) for a, b in pairs)
-
-
-def _same_product(own: Run, reference: Run) -> bool:
-    largest = reference.outputs.abs().max()
-    return bool((own.outputs - reference.outputs).abs().max() <= largest * 2**-7)
+        return list(zip(own.outputs, reference.outputs, strict=True))
+    return [(own.outputs, reference.outputs)]
 
 
 HF_SDPA = Baseline("hf sdpa", _hf_sdpa, same_attention)
@@ -256,4 +313,6 @@ ROW_BY_ROW = Baseline("mask row by row", _row_by_row, _same_mask)
 PYTHON_HEAP = Baseline("python heap", _python_heap, _same_tree)
 HF_NORM = Baseline("hf LlamaRMSNorm", _hf_norm, _same_values)
 HF_ROPE = Baseline("hf apply_rotary_pos_emb", _hf_rope, _same_values)
-LINEAR = Baseline("torch linear", _linear, _same_product)
+LINEAR = Baseline("torch linear", _linear, _same_products)
+HF_BEFORE_ATTENTION = Baseline("hf layer, eager", _hf_before_attention, _same_products)
+HF_AFTER_ATTENTION = Baseline("hf layer, eager", _hf_after_attention, _same_products)

@@ -170,6 +170,26 @@ CASES: tuple[BenchCase, ...] = (
         for nodes in (1, 16, 64)
     ),
     *(
+        BenchCase(
+            "before_attention",
+            {"B": 1, "N": nodes, **layer},
+            (base.HF_BEFORE_ATTENTION,),
+            _unchanged,
+        )
+        for layer in ({"F": 576, "H": 9, **_SMALL}, {"F": 4096, "H": 32, **_LARGE})
+        for nodes in (1, 8, 16, 64)
+    ),
+    *(
+        BenchCase(
+            "after_attention", {"B": 1, "N": nodes, **layer}, (base.HF_AFTER_ATTENTION,), _unchanged
+        )
+        for layer in (
+            {"F": 576, "H": 9, "E": 64, "U": 1536},
+            {"F": 4096, "H": 32, "E": 128, "U": 14336},
+        )
+        for nodes in (1, 8, 16, 64)
+    ),
+    *(
         BenchCase("tree_mask", {"B": 1, "N": nodes}, (base.ROW_BY_ROW,), _unchanged)
         for nodes in (16, 64)
     ),

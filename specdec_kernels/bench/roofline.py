@@ -174,6 +174,14 @@ def _packed_linear(inputs: Inputs, outputs: Any) -> Work:
     return Work(traffic, 2 * x.shape[0] * x.shape[1] * inputs["num_outputs"])
 
 
+def _layer_half(inputs: Inputs, outputs: Any) -> Work:
+    """Every weight once, what comes in and goes out; two operations for each weight and row."""
+    x = inputs["x"] if "x" in inputs else inputs["residual"]
+    panels = [value for name, value in inputs.items() if name.endswith("_panels")]
+    weights = sum(packed.numel() for packed in panels)
+    return Work(num_bytes(*inputs.values(), outputs), 2 * x[..., 0].numel() * weights)
+
+
 def _elementwise(inputs: Inputs, outputs: Any) -> Work:
     """All tensors once."""
     results = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -187,6 +195,8 @@ _LEAST: dict[str, Callable[[Inputs, Any], Work]] = {
     "sample": _rows,
     "topk_logprobs": _rows,
     "packed_linear": _packed_linear,
+    "before_attention": _layer_half,
+    "after_attention": _layer_half,
     "rms_norm": _elementwise,
     "rope": _elementwise,
     "commit": _commit,

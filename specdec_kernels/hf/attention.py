@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -65,11 +65,25 @@ class TreeCall:
     places: Tensor | None = None
 
 
-_call: ContextVar[TreeCall | Localities | None] = ContextVar("specdec_call", default=None)
+@dataclass(slots=True)
+class Rehearsal:
+    """Stands in for the attention while somebody tries a layer: notes what the layer gives it, and
+    answers with the queries.
+    """
+
+    given: tuple[Tensor, Tensor, Tensor] | None = None
+    """Query, key and value."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The others, as `attend_tree` names them."""
+
+
+Call = TreeCall | Localities | Rehearsal
+
+_call: ContextVar[Call | None] = ContextVar("specdec_call", default=None)
 
 
 @contextmanager
-def handing(call: TreeCall | Localities) -> Iterator[None]:
+def handing(call: Call) -> Iterator[None]:
     """Hand a tree, or the record that a prefill fills, to the attention layers.
 
     Not as a keyword of the model: some models drop the keywords of their attention layers.
@@ -81,7 +95,7 @@ def handing(call: TreeCall | Localities) -> Iterator[None]:
         _call.reset(token)
 
 
-def current_call() -> TreeCall | Localities | None:
+def current_call() -> Call | None:
     """What the attention layers read now."""
     return _call.get()
 
@@ -98,7 +112,13 @@ def tree_attention_in(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         ValueError: an architecture that ignores registered attention functions.
     """
-    configs = _decoder_configs(model)
+    with lending(_decoder_configs(model)):
+        yield
+
+
+@contextmanager
+def lending(configs: Sequence[Any]) -> Iterator[None]:
+    """Let whoever reads these configurations use the tree attention."""
     user = object()
     try:
         for config in configs:
@@ -157,7 +177,7 @@ def ignores_attention(name: str) -> str:
     )
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -177,36 +197,19 @@ def _attend(
 
     Whatever changes the result is a named parameter: nothing that matters may vanish in `kwargs`.
     """
-    _check_keywords(module, kwargs, is_causal)
+    check_keywords(module, kwargs, is_causal)
     call = specdec if specdec is not None else _call.get()
     options: dict[str, Any] = {
         "scale": float(scaling if scaling is not None else query.shape[3] ** -0.5),
         "softcap": softcap or 0.0,
         "sinks": None if s_aux is None else s_aux.flatten().float(),
     }
+    if isinstance(call, Rehearsal):
+        call.given, call.options = (query, key, value), options
+        return query.transpose(1, 2), None
     layer = getattr(module, "layer_idx", None)
     if isinstance(call, TreeCall):
-        call.num_layers += 1
-        if call.sources is not None:
-            query = spread(query, call.sources)
-        locality = FULL if layer is None else call.localities.by_layer[layer]
-        if locality.chunk:
-            out = attend_densely(query, key, value, call, locality, **options).transpose(1, 2)
-        else:
-            out, _ = tree_attention(
-                query,
-                key,
-                value,
-                call.ancestors,
-                call.depths,
-                call.lengths,
-                call.num_nodes,
-                window=locality.window,
-                **options,
-            )
-        if call.places is not None:
-            out = spread(out, call.places)
-        return out.transpose(1, 2), None
+        return attend_tree(call, layer, query, key, value, **options).transpose(1, 2), None
     locality = locality_of(type(module).__name__, attention_mask, sliding_window)
     if isinstance(call, Localities) and layer is not None:
         call.by_layer[layer] = locality
@@ -215,7 +218,47 @@ def _attend(
     return attend_prompt(query, key, value, locality, **options), None
 
 
-def _check_keywords(module: nn.Module, kwargs: dict[str, Any], is_causal: bool | None) -> None:
+def attend_tree(
+    call: TreeCall,
+    layer: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The attention of a layer, by its index, to the tree of a call: [B, H, N, E]."""
+    call.num_layers += 1
+    if call.sources is not None:
+        query = spread(query, call.sources)
+    locality = FULL if layer is None else call.localities.by_layer[layer]
+    if locality.chunk:
+        out = attend_densely(
+            query, key, value, call, locality, scale=scale, softcap=softcap, sinks=sinks
+        ).transpose(1, 2)
+    else:
+        out, _ = tree_attention(
+            query,
+            key,
+            value,
+            call.ancestors,
+            call.depths,
+            call.lengths,
+            call.num_nodes,
+            window=locality.window,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+        )
+    return out if call.places is None else spread(out, call.places)
+
+
+def check_keywords(
+    module: nn.Module, kwargs: Mapping[str, Any], is_causal: bool | None = None
+) -> None:
+    """Refuse keywords of an attention that may change its result."""
     unknown = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
     if unknown or is_causal is False:
         what = f"the keyword {unknown[0]}" if unknown else "is_causal=False"
@@ -224,5 +267,5 @@ def _check_keywords(module: nn.Module, kwargs: dict[str, Any], is_causal: bool |
         )
 
 
-AttentionInterface.register(NAME, _attend)
+AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, mark_locality)

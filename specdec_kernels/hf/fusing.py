@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..ops import rms_norm, rope
 from .attention import current_call
+from .layers import decoder_layers, whole_layers
 from .packing import lent_forwards, packed_linears
 
 _ROPE = "apply_rotary_pos_emb"
@@ -38,12 +39,14 @@ def fast_layers(
         pack: see `packed_linears`.
         compiled: `torch.compile` sees the model, and fuses by itself.
     """
+    norms = [] if compiled else [module for module in model.modules() if _is_rms_norm(module)]
+    layers = decoder_layers(model, set(norms)) if pack is not False else {}
     with ExitStack() as lent:
         lent.enter_context(packed_linears(model, pack, compiled=compiled))
         if not compiled:
-            norms = [module for module in model.modules() if _is_rms_norm(module)]
             lent.enter_context(lent_forwards(norms, _norm_forward))
             lent.enter_context(_fused_rope(model))
+            lent.enter_context(whole_layers(layers))
         yield
 
 

@@ -6,12 +6,12 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..layouts import Layout, layout_of
+from ..layouts import Layout, Panels, layout_of
 
 _MOST_OF_FREE = 0.5
 """Unasked, packed copies take at most this share of the free memory."""
@@ -43,7 +43,7 @@ def packed_linears(
 
 @contextmanager
 def lent_forwards(
-    modules: Sequence[_Module], forward_of: Callable[[_Module], Callable[[Tensor], Tensor]]
+    modules: Sequence[_Module], forward_of: Callable[[_Module], Callable[..., Tensor]]
 ) -> Iterator[None]:
     """Run these modules by other forwards, and give their own back."""
     try:
@@ -55,14 +55,27 @@ def lent_forwards(
             module.__dict__.pop("forward", None)
 
 
+def takes_panels(linear: nn.Module) -> bool:
+    """Whether `packed_linears` would pack its weight as `ops.panels_of`."""
+    return _is_packable(linear) and _layout_of(linear) is Panels
+
+
+def panels_in_use(linear: nn.Linear) -> Tensor | None:
+    """The panels by which a layer that takes them runs now."""
+    return _packed[linear][1] if "forward" in linear.__dict__ and linear in _packed else None
+
+
 def _packable_in(model: nn.Module, compiled: bool) -> Iterator[nn.Linear]:
     for module in model.modules():
-        if type(module) is not nn.Linear or "forward" in module.__dict__:
-            continue
-        weight = module.weight
-        layout = layout_of(weight) if type(weight.data) is Tensor else None
-        if layout is not None and (layout.is_tensor or not compiled):
+        if _is_packable(module) and (_layout_of(module).is_tensor or not compiled):
             yield module
+
+
+def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    weight = module.weight
+    return type(weight.data) is Tensor and layout_of(weight) is not None
 
 
 def _layout_of(linear: nn.Linear) -> Layout:

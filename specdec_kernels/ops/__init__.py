@@ -1,5 +1,7 @@
 """The operators, one file each: contract, PyTorch reference, fake, input maker."""
 
+from .after_attention import after_attention
+from .before_attention import before_attention
 from .build_tree import build_tree
 from .commit import commit
 from .packed_linear import packed_linear, panels_of
@@ -13,6 +15,8 @@ from .verify import verify
 from .write_kv import write_kv
 
 __all__ = [
+    "after_attention",
+    "before_attention",
     "build_tree",
     "commit",
     "packed_linear",

@@ -35,17 +35,28 @@ def weight_of(panels: Tensor, num_outputs: int, num_features: int) -> Tensor:
     return rows[:num_outputs, :num_features]
 
 
+def check_panels(
+    op: str, name: str, panels: Tensor, weight: tuple[int, int], bias: Tensor | None
+) -> None:
+    """Refuse panels that are not of a weight of this size, or a bias that is not.
+
+    Args:
+        name: of the layer, before "panels" and "bias" in the error.
+        weight: its outputs and features.
+    """
+    outputs, features = weight
+    wanted = [-(-max(0, outputs) // PANEL_OUTPUTS), (features + 1) // 2, PANEL_OUTPUTS, 2]
+    if list(panels.shape) != wanted:
+        raise ValueError(
+            f"{op}: {name}panels of a weight [{outputs}, {features}] must be {wanted}, "
+            f"got {list(panels.shape)}"
+        )
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"{op}: {name}bias must be [{outputs}], got {list(bias.shape)}")
+
+
 def _check(x: Tensor, panels: Tensor, num_outputs: int, bias: Tensor | None) -> None:
-    outputs, pairs = -(-max(0, num_outputs) // PANEL_OUTPUTS), (x.shape[1] + 1) // 2
-    if panels.shape != (outputs, pairs, PANEL_OUTPUTS, 2):
-        raise ValueError(
-            "packed_linear: panels must be [ceil(num_outputs / 16), ceil(F / 2), 16, 2] = "
-            f"[{outputs}, {pairs}, 16, 2], got {list(panels.shape)}"
-        )
-    if bias is not None and bias.shape != (num_outputs,):
-        raise ValueError(
-            f"packed_linear: bias must be [num_outputs] = [{num_outputs}], got {list(bias.shape)}"
-        )
+    check_panels("packed_linear", "", panels, (num_outputs, x.shape[1]), bias)
 
 
 def _fake(x: Tensor, panels: Tensor, num_outputs: int, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,217 @@
+"""Whole decoder layers in four operators each, while this package scores a tree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import after_attention, before_attention, panels_of
+from .attention import (
+    Rehearsal,
+    TreeCall,
+    attend_tree,
+    check_keywords,
+    current_call,
+    handing,
+    lending,
+)
+from .packing import lent_forwards, panels_in_use, takes_panels
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_CHILDREN = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": set(_PROJECTIONS),
+    "mlp": {*_MLP, "act_fn"},
+}
+_CACHES = ("cache", "past_key_values")
+"""What versions of transformers call it."""
+_OF_THE_LAYER = {"attention_mask", "position_embeddings", *_CACHES}
+"""Keywords that the attention never sees, or that `attend_tree` has no use for."""
+_TOLERANCE = 0.02
+"""Of the whole, in Euclidean norm: what roundings to bfloat16 leave of it is about 0.004."""
+
+
+def decoder_layers(model: nn.Module, norms: Container[nn.Module]) -> dict[Any, dict[str, Any]]:
+    """The layers that the two operators around an attention can take the place of, and what each
+    gives its attention besides tensors, as `attend_tree` names it.
+
+    Args:
+        norms: the modules that are known to compute `rms_norm`.
+    """
+    found = {}
+    for layer in model.modules():
+        if _has_the_parts(layer, norms) and (options := _options_of(layer)) is not None:
+            found[layer] = options
+    return found
+
+
+@contextmanager
+def whole_layers(layers: Mapping[Any, dict[str, Any]]) -> Iterator[None]:
+    """Run those of `decoder_layers` whose linear layers are in panels now by the operators, and
+    give them back.
+
+    Prefills, and layers with hooks on their parts, go the layers' own way.
+    """
+    packed = [
+        layer
+        for layer in layers
+        if all(panels_in_use(linear) is not None for linear in _linears(layer))
+    ]
+    with lent_forwards(packed, lambda layer: _forward(layer, layers[layer])):
+        yield
+
+
+def _has_the_parts(layer: Any, norms: Container[nn.Module]) -> bool:
+    for path, names in _CHILDREN.items():
+        part = getattr(layer, path, None) if path else layer
+        if not isinstance(part, nn.Module) or "forward" in part.__dict__:
+            return False
+        if {name for name, _ in part.named_children()} != names:
+            return False
+    return (
+        layer.input_layernorm in norms
+        and layer.post_attention_layernorm in norms
+        and all(takes_panels(linear) for linear in _linears(layer))
+    )
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention = [getattr(layer.self_attn, name) for name in _PROJECTIONS]
+    return attention + [getattr(layer.mlp, name) for name in _MLP]
+
+
+class _Halves:
+    """What a layer does before its attention and after it."""
+
+    def __init__(self, layer: Any, panels: Callable[[Any], Tensor | None]) -> None:
+        attention, mlp, linears = layer.self_attn, layer.mlp, _linears(layer)
+        first, second = layer.input_layernorm, layer.post_attention_layernorm
+        self.parts = (attention, mlp, *attention.children(), *mlp.children(), first, second)
+        self.head_dim = int(attention.head_dim)
+        self.size = first.weight.numel()
+        heads, groups = (linear.out_features // self.head_dim for linear in linears[:2])
+        q, k, v, o, gate, up, down = (panels(linear) for linear in linears)
+        biases = [linear.bias for linear in linears]
+        self._before = (first.weight, first.variance_epsilon, q, k, v)
+        self._heads = (heads, groups, *biases[:3])
+        self._after = (o, second.weight, second.variance_epsilon, gate, up, down)
+        self._hidden = (linears[4].out_features, *biases[3:])
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, H, N, D], k and v [B, G, N, D]."""
+        heads: tuple[Tensor, Tensor, Tensor]
+        heads = before_attention(x, *self._before, cos, sin, *self._heads)
+        return heads
+
+    def after(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """The next layer's hidden states, of attended values [B, H, N, D]."""
+        out: Tensor = after_attention(attended, residual, *self._after, *self._hidden)
+        return out
+
+    def fit(self, x: Tensor, embeddings: Any) -> bool:
+        """Whether these are hidden states and a rotary embedding as the operators take them."""
+        if not isinstance(embeddings, tuple) or x.dim() != 3 or x.dtype != torch.bfloat16:
+            return False
+        shape = (x.shape[1], self.head_dim)
+        return x.shape[2] == self.size and all(
+            e.dtype == x.dtype and e.dim() == 3 and e.shape[1:] == shape for e in embeddings
+        )
+
+    def has_hooks(self) -> bool:
+        """Whether somebody wants to see, or change, what a part computes."""
+        return any(part._forward_hooks or part._forward_pre_hooks for part in self.parts)
+
+
+_rehearsed: dict[Any, dict[str, Any] | None] = {}
+"""What layers are made of -> their options; None if the operators compute something else."""
+
+
+def _options_of(layer: Any) -> dict[str, Any] | None:
+    made_of = (
+        _plain_values(getattr(layer.self_attn, "config", None)),
+        *((type(part), _plain_values(part)) for part in layer.modules()),
+        *((name, tuple(value.shape)) for name, value in layer.named_parameters()),
+    )
+    if made_of not in _rehearsed:
+        _rehearsed[made_of] = _rehearse(layer)
+    return _rehearsed[made_of]
+
+
+def _plain_values(thing: Any) -> tuple[Any, ...]:
+    """Its options, but for its place among the layers."""
+    values = sorted(getattr(thing, "__dict__", {}).items())
+    plain = (int, float, str, bool)
+    return tuple(item for item in values if isinstance(item[1], plain) and item[0] != "layer_idx")
+
+
+def _rehearse(layer: Any) -> dict[str, Any] | None:
+    """Run a copy of the layer, and both halves, on random numbers, its weights too: in those of a
+    model one part may be too small to show.
+    """
+    config = getattr(layer.self_attn, "config", None)
+    generator = torch.Generator().manual_seed(0)
+    twin = copy.deepcopy(layer, {id(config): config})
+    for part in twin.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    for parameter in twin.parameters():
+        size = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * size).bfloat16()
+    rehearsal = Rehearsal()
+    try:
+        halves = _Halves(twin, lambda linear: panels_of(linear.weight))
+        x, cos, sin = (
+            torch.randn((2, 3, size), generator=generator).bfloat16()
+            for size in (halves.size, halves.head_dim, halves.head_dim)
+        )
+        with torch.no_grad(), lending([config]), handing(rehearsal):
+            own = type(twin).forward(twin, x, position_embeddings=(cos, sin))
+            if not isinstance(own, Tensor) or rehearsal.given is None:
+                return None
+            pairs = [*zip(halves.before(x, cos, sin), rehearsal.given, strict=True)]
+            pairs.append((halves.after(rehearsal.given[0], x), own))
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # wants something else
+        return None
+    options = dict(rehearsal.options)
+    has_sinks = options.pop("sinks") is not None
+    return options if not has_sinks and all(_near(*pair) for pair in pairs) else None
+
+
+def _near(ours: Tensor, own: Tensor) -> bool:
+    if ours.shape != own.shape or ours.dtype != own.dtype:
+        return False
+    return bool((ours.float() - own.float()).norm() <= _TOLERANCE * own.float().norm())
+
+
+def _forward(layer: Any, options: dict[str, Any]) -> Callable[..., Tensor]:
+    halves = _Halves(layer, panels_in_use)
+    own, attention = type(layer).forward, layer.self_attn
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call, embeddings = current_call(), kwargs.get("position_embeddings")
+        if (
+            args
+            or not isinstance(call, TreeCall)
+            or not halves.fit(hidden_states, embeddings)
+            or halves.has_hooks()
+            or torch.is_grad_enabled()
+        ):
+            whole: Tensor = own(layer, hidden_states, *args, **kwargs)
+            return whole
+        check_keywords(attention, {k: v for k, v in kwargs.items() if k not in _OF_THE_LAYER})
+        batch = len(hidden_states)
+        cos, sin = (e if len(e) == batch else e.expand(batch, -1, -1) for e in embeddings or ())
+        q, k, v = halves.before(hidden_states, cos, sin)
+        for name in _CACHES:
+            if (cache := kwargs.get(name)) is not None:
+                k, v = cache.update(k, v, attention.layer_idx)
+        attended = attend_tree(call, attention.layer_idx, q, k, v, **options)
+        return halves.after(attended, hidden_states)
+
+    return forward
