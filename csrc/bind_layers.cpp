@@ -5,7 +5,8 @@
 
 #include <optional>
 
-#include "core/decoder_layer.hpp"
+#include "core/after_attention.hpp"
+#include "core/before_attention.hpp"
 #include "cpu/error.hpp"
 #include "cpu/kernels.hpp"
 #include "shape_table.hpp"

@@ -15,4 +15,11 @@ struct PackedLinearParams {
   int32_t rows, features, outputs;
 };
 
+// A linear layer among others of an operator.
+struct PackedLayer {
+  const Bfloat16* panels;
+  const Bfloat16* bias;  // or null
+  int32_t outputs;
+};
+
 }  // namespace specdec

@@ -1,21 +1,16 @@
-// The two halves of a pre-norm decoder layer around its attention: what eager models do in about
-// twenty operators. They are the kernels of those operators in turn, whose values between them stay
-// in the cache, rounded to bfloat16 where eager ones are. Bytes moved: the panels, once.
-#include "../core/decoder_layer.hpp"
+// The second half of a pre-norm decoder layer, of which eager models make eleven operators and
+// more. The kernels of `packed_linear` and `rms_norm` in turn, and what is done value by value: all
+// between them stays in the cache, rounded to bfloat16 where eager values are. Bytes moved: the
+// panels, once.
+#include "../core/after_attention.hpp"
 
-#include "../core/rms_norm.hpp"
-#include "../core/rope.hpp"
-#include "packed_linear.hpp"
+#include "layer_parts.hpp"
 #include "parallel.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
 #include "vector_math.hpp"
 
 namespace specdec::SPECDEC_ISA {
-
-void rms_norm(const RmsNormParams&);
-void rope(const RopeParams&);
-
 namespace {
 
 constexpr int64_t kValuesPerThread = 16384;
@@ -53,55 +48,7 @@ void gate(const Bfloat16* gates, const Bfloat16* x, Bfloat16* out, int64_t num) 
           [](Float gate, Float value) { return rounded<Bfloat16>(silu(gate)) * value; });
 }
 
-PackedWeight into(const PackedLayer& layer, Bfloat16* out) {
-  return {layer.panels, layer.bias, out, layer.outputs};
-}
-
-void norm(const Bfloat16* x, const Bfloat16* weight, float epsilon, int32_t rows, int32_t features,
-          Bfloat16* out) {
-  rms_norm({
-      .x = x,
-      .weight = weight,
-      .out = out,
-      .stride_row = features,
-      .rows = rows,
-      .features = features,
-      .epsilon = epsilon,
-      .dtype = DType::kBfloat16,
-  });
-}
-
 }  // namespace
-
-void before_attention(const BeforeAttentionParams& params) {
-  thread_local Scratch<Bfloat16> normed_rows, flat_q, flat_k;
-  const int32_t rows = params.batch * params.nodes;
-  Bfloat16* normed = normed_rows.reserve(int64_t{rows} * params.features);
-  Bfloat16* q = flat_q.reserve(int64_t{rows} * params.q.outputs);
-  Bfloat16* k = flat_k.reserve(int64_t{rows} * params.k.outputs);
-  norm(params.x, params.norm_weight, params.epsilon, rows, params.features, normed);
-  const PackedWeight weights[] = {into(params.q, q), into(params.k, k),
-                                  into(params.v, params.v_out)};
-  multiply_packed({normed, params.features, rows, params.features}, weights, 3);
-  const auto heads = [&](const Bfloat16* x, int32_t num, Bfloat16* out) {
-    const int64_t stride_n = int64_t{num} * params.head_dim;
-    return RopeHeads{x, out, params.nodes * stride_n, params.head_dim, stride_n, num};
-  };
-  rope({
-      .q = heads(q, params.heads, params.q_out),
-      .k = heads(k, params.groups, params.k_out),
-      .cos = params.cos,
-      .sin = params.sin,
-      .stride_cos_b = params.stride_cos_b,
-      .stride_cos_n = params.stride_cos_n,
-      .stride_sin_b = params.stride_sin_b,
-      .stride_sin_n = params.stride_sin_n,
-      .batch = params.batch,
-      .nodes = params.nodes,
-      .head_dim = params.head_dim,
-      .dtype = DType::kBfloat16,
-  });
-}
 
 void after_attention(const AfterAttentionParams& params) {
   thread_local Scratch<Bfloat16> attended_rows, wide_rows, gate_rows, up_rows;

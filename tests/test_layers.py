@@ -1,0 +1,430 @@
+"""Decoder layers in four operators: the operators' parts, which layers they replace, and how."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from prompts import left_pad, random_prompts
+from torch import Tensor, nn
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from specdec_kernels import (
+    SpeculativeDecoder,
+    TokenTree,
+    after_attention,
+    before_attention,
+    layouts,
+    packed_linear,
+    rms_norm,
+    rope,
+)
+from specdec_kernels.hf import fusing
+from specdec_kernels.hf import layers as whole
+from specdec_kernels.hf.attention import tree_attention_in
+from specdec_kernels.hf.fusing import fast_layers
+from specdec_kernels.hf.target import HFTarget
+from specdec_kernels.layouts import Panels
+from specdec_kernels.registry import OPS
+
+BACKENDS = ("reference", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _packs_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CPUs without bfloat16 products do."""
+    monkeypatch.setattr(
+        layouts, "layout_for", lambda dtype: Panels if dtype == torch.bfloat16 else None
+    )
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
+def _inputs(name: str, **sizes: int) -> dict[str, Any]:
+    return OPS[name].inputs(**sizes)
+
+
+def test_before_attention_is_its_parts_bit_for_bit() -> None:
+    inputs = _inputs("before_attention", B=3, N=5, F=96, H=4, G=2, D=16)
+    q, k, v = before_attention(**inputs)
+    rows = rms_norm(inputs["x"].view(15, 96), inputs["norm_weight"], inputs["epsilon"])
+    heads = [
+        packed_linear(rows, inputs[f"{name}_panels"], num * 16, inputs[f"{name}_bias"])
+        .view(3, 5, num, 16)
+        .transpose(1, 2)
+        for name, num in (("q", 4), ("k", 2), ("v", 2))
+    ]
+    turned = rope(heads[0], heads[1], inputs["cos"], inputs["sin"])
+    assert torch.equal(q, turned[0]) and torch.equal(k, turned[1]) and torch.equal(v, heads[2])
+
+
+def test_after_attention_is_its_parts_but_for_an_exponential() -> None:
+    inputs = _inputs("after_attention", B=3, N=5, F=96, H=4, E=16, U=50)
+    values = inputs["attended"].transpose(1, 2).reshape(15, 64)
+    hidden = inputs["residual"].view(15, 96) + packed_linear(
+        values, inputs["o_panels"], 96, inputs["o_bias"]
+    )
+    normed = rms_norm(hidden, inputs["norm_weight"], inputs["epsilon"])
+    gates, up = (
+        packed_linear(normed, inputs[f"{name}_panels"], 50, inputs[f"{name}_bias"])
+        for name in ("gate", "up")
+    )
+    gated = torch.nn.functional.silu(gates) * up
+    wanted = hidden + packed_linear(gated, inputs["down_panels"], 96, inputs["down_bias"])
+    out = after_attention(**inputs).view(15, 96)
+    assert float((out == wanted).float().mean()) > 0.98
+    torch.testing.assert_close(out, wanted, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gate_by_hand(backend: str) -> None:
+    """One node, F = U = 1: silu(g) u with g = u = norm(h) = 1 or -1, from a huge h or not."""
+    one = torch.ones(1, 1, 1, 1).bfloat16()
+
+    def panels(weight: float) -> Tensor:
+        packed = torch.zeros(1, 1, 16, 2).bfloat16()
+        packed[0, 0, 0, 0] = weight
+        return packed
+
+    for residual, sign in ((4.0, 1.0), (-4.0, -1.0)):
+        for gate in (0.0, 1.0, -1.0, 30.0, -30.0, 1000.0, -1000.0):
+            weights = (panels(0.0), one[0, 0, 0], 0.0, panels(gate), panels(1.0), panels(1.0), 1)
+            hidden = torch.tensor([[[residual]]]).bfloat16()
+            out = after_attention(one, hidden, *weights, backend=backend)
+            g = gate * sign
+            silu = g / (1 + math.exp(-g)) if g > -700 else 0.0
+            wanted = residual + silu * sign
+            assert float(out) == pytest.approx(wanted, rel=2**-7, abs=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_stays_in_its_node(backend: str, value: float) -> None:
+    inputs = _inputs("before_attention", B=1, N=3, F=33, H=2, G=1, D=6)
+    inputs["x"][0, 1, 7] = value
+    for out in before_attention(**inputs, backend=backend):
+        assert out[:, :, [0, 2]].isfinite().all() and out[:, :, 1].isnan().all()
+    inputs = _inputs("after_attention", B=1, N=3, F=33, H=2, E=6, U=9)
+    inputs["attended"][0, 1, 1, 3] = value
+    out = after_attention(**inputs, backend=backend)
+    assert out[:, [0, 2]].isfinite().all() and not out[:, 1].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("batch", "nodes"), [(0, 3), (2, 0)])
+def test_nothing_to_do(backend: str, batch: int, nodes: int) -> None:
+    inputs = _inputs("before_attention", B=batch, N=nodes, F=8, H=2, G=1, D=4)
+    heads = before_attention(**inputs, backend=backend)
+    assert [tuple(x.shape) for x in heads] == [(batch, h, nodes, 4) for h in (2, 1, 1)]
+    inputs = _inputs("after_attention", B=batch, N=nodes, F=8, H=2, E=4, U=6)
+    assert after_attention(**inputs, backend=backend).shape == (batch, nodes, 8)
+
+
+def test_a_node_does_not_depend_on_the_others_or_on_the_threads() -> None:
+    sizes = {"before_attention": {"F": 130, "H": 6, "G": 2, "D": 64}}
+    sizes["after_attention"] = {"F": 130, "H": 6, "E": 64, "U": 1000}
+    for name, size in sizes.items():
+        inputs = _inputs(name, B=1, N=40, **size)
+        along = [n for n in ("x", "residual", "cos", "sin") if n in inputs]
+        together = OPS[name](**inputs)
+        alone = dict(inputs)
+        for n in along:
+            alone[n] = inputs[n][:, 5:12]
+        if "attended" in inputs:
+            alone["attended"] = inputs["attended"][:, :, 5:12]
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            few = OPS[name](**alone)
+        finally:
+            torch.set_num_threads(threads)
+        if name == "after_attention":
+            assert torch.equal(few, together[:, 5:12])
+        else:
+            for part, all_of_it in zip(few, together, strict=True):
+                assert torch.equal(part, all_of_it[:, :, 5:12])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_does_not_fit_is_refused(backend: str) -> None:
+    inputs = _inputs("before_attention", B=1, N=2, F=8, H=2, G=1, D=4)
+    rule = r"before_attention: q_panels of a weight \[20, 8\] must be \[2, 4, 16, 2\], got \[1, "
+    with pytest.raises(ValueError, match=rule):
+        before_attention(**{**inputs, "num_heads": 5}, backend=backend)
+    with pytest.raises(ValueError, match=r"before_attention: v_bias must be \[4\], got \[3\]"):
+        before_attention(**{**inputs, "v_bias": inputs["v_bias"][:3]}, backend=backend)
+    odd = {name: inputs[name][..., :3] for name in ("cos", "sin")}
+    with pytest.raises(ValueError, match="before_attention: D must be even, got 3"):
+        before_attention(**{**inputs, **odd}, backend=backend)
+    with pytest.raises(ValueError, match=r"before_attention: norm_weight must be \[F\] = \[8\]"):
+        before_attention(**{**inputs, "norm_weight": torch.ones(9).bfloat16()}, backend=backend)
+    inputs = _inputs("after_attention", B=1, N=2, F=8, H=2, E=4, U=6)
+    rule = r"after_attention: gate_panels of a weight \[17, 8\] must be \[2, 4, 16, 2\], got \[1, "
+    with pytest.raises(ValueError, match=rule):
+        after_attention(**{**inputs, "num_hidden": 17}, backend=backend)
+    with pytest.raises(ValueError, match=r"after_attention: o_panels of a weight \[8, 4\]"):
+        after_attention(**{**inputs, "attended": inputs["attended"][:, :1]}, backend=backend)
+
+
+def _replaced(model: nn.Module) -> int:
+    return sum("forward" in m.__dict__ for m in model.modules() if hasattr(m, "self_attn"))
+
+
+def _family(name: str) -> Any:
+    torch.manual_seed(0)
+    if name == "llama":
+        model: Any = make_tiny_model()
+    elif name == "mistral, a window":
+        model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5))
+    elif name == "qwen2, with biases":
+        model = Qwen2ForCausalLM(Qwen2Config(**SIZES))
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data = torch.randn_like(parameter)
+    elif name == "qwen3, norms of heads":
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    elif name == "granite, scaled residuals":
+        model = GraniteForCausalLM(GraniteConfig(**SIZES, residual_multiplier=0.5))
+    elif name == "cohere2, in parallel":
+        model = Cohere2ForCausalLM(Cohere2Config(**SIZES))
+    elif name == "gemma, another norm":
+        model = GemmaForCausalLM(GemmaConfig(**SIZES))
+    else:
+        model = make_tiny_model(hidden_act=name)
+    return model.eval().bfloat16().requires_grad_(False)
+
+
+FAMILIES = {
+    "llama": 3, "mistral, a window": 2, "qwen2, with biases": 2, "silu": 3,
+    "qwen3, norms of heads": 0, "granite, scaled residuals": 0, "cohere2, in parallel": 0,
+    "gemma, another norm": 0, "gelu": 0, "gelu_pytorch_tanh": 0, "relu": 0, "quick_gelu": 0,
+}  # fmt: skip
+
+
+@contextmanager
+def _running(model: Any) -> Iterator[None]:
+    with torch.no_grad(), tree_attention_in(model), fast_layers(model, True):
+        yield
+
+
+TREE = [-1, 0, 1, 0, 3, 3]
+
+
+def _scores(model: Any, batch: int = 1) -> Tensor:
+    """Logits of a tree after prompts of different lengths."""
+    rows = random_prompts((9, 14, 11)[:batch], 101)
+    tree = TokenTree.from_rows([([5, 6, 7, 8, 9, 10], TREE)] * batch, "cpu")
+    target = HFTarget(model, capacity=32)
+    target.prefill(rows)
+    return target.forward(tree).float()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_layers_are_replaced_and_that_they_compute_what_they_did(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _family(family)
+    wide = copy.deepcopy(model).float()
+    with torch.no_grad(), tree_attention_in(wide):
+        exact = _scores(wide, 3)
+    with _running(model):
+        assert _replaced(model) == FAMILIES[family]
+        fused = _scores(model, 3)
+    assert _replaced(model) == 0
+    monkeypatch.setattr(fusing, "decoder_layers", lambda *_: {})
+    with _running(model):
+        assert _replaced(model) == 0
+        apart = _scores(model, 3)
+    # Not the same bits: as near to float32 as before.
+    rounding = float((apart - exact).abs().mean())
+    assert rounding > 0 and float((fused - exact).abs().mean()) < 1.2 * rounding
+
+
+def test_the_operators_run_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("before_attention", "after_attention"):
+        own = getattr(whole, name)
+        monkeypatch.setattr(
+            whole, name, lambda *args, own=own, name=name: calls.append(name) or own(*args)
+        )
+    model = _family("llama")
+    with _running(model):
+        calls.clear()
+        _scores(model)
+    assert calls == ["before_attention", "after_attention"] * 3
+
+
+class _Loud(nn.SiLU):
+    """A layer of somebody's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 1.5 * super().forward(input)
+
+
+@pytest.mark.parametrize("part", ["mlp.act_fn", "mlp.up_proj", "self_attn", "input_layernorm"])
+def test_a_layer_with_a_part_of_somebody_s_own_is_left_alone(part: str) -> None:
+    model = _family("llama")
+    layer = model.model.layers[1]
+    parent, _, name = part.rpartition(".")
+    holder = layer.get_submodule(parent)
+    if name == "act_fn":
+        holder.act_fn = _Loud()
+    else:
+        own = getattr(holder, name)
+        own.forward = own.forward  # as accelerate does it
+    wanted = _own_scores(model)
+    with _running(model):
+        assert ["forward" in layer.__dict__ for layer in model.model.layers] == [True, False, True]
+        torch.testing.assert_close(_scores(model), wanted, rtol=0.05, atol=0.02)
+
+
+def _own_scores(model: Any) -> Tensor:
+    with torch.no_grad(), tree_attention_in(model):
+        return _scores(model)
+
+
+@pytest.mark.parametrize("part", ["", "self_attn", "self_attn.v_proj", "mlp", "mlp.down_proj"])
+def test_hooks_see_and_change_what_they_did(part: str) -> None:
+    model = _family("llama")
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        seen.append(first)
+        return (2 * first, *output[1:]) if isinstance(output, tuple) else 2 * first
+
+    module = model.model.layers[1].get_submodule(part)
+    with _running(model):
+        assert _replaced(model) == 3
+        plain = _scores(model)
+        handle = module.register_forward_hook(hook)  # while we run
+        assert len(seen) == 0
+        changed = _scores(model)
+        handle.remove()
+        assert len(seen) == 2 and not torch.equal(changed, plain)  # the prompt, then the tree
+        assert torch.equal(_scores(model), plain)
+    handle = module.register_forward_hook(hook)
+    torch.testing.assert_close(_own_scores(model), changed, rtol=0.05, atol=0.02)
+    handle.remove()
+
+
+def test_trying_a_layer_touches_nothing_of_it() -> None:
+    model = _family("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen: list[Any] = []
+    hooks = [m.register_forward_hook(lambda *args: seen.append(args)) for m in model.modules()]
+    whole._rehearsed.clear()
+    with _running(model):
+        assert len(whole._rehearsed) == 1 and _replaced(model) == 3
+    assert not seen
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for hook in hooks:
+        hook.remove()
+
+
+def test_another_option_is_tried_anew() -> None:
+    """Layers of one class and size that differ in a number of their own."""
+    model = _family("llama")
+    model.model.layers[1].self_attn.scaling = 0.5
+    wanted = _own_scores(model)
+    whole._rehearsed.clear()
+    with _running(model):
+        assert len(whole._rehearsed) == 2 and _replaced(model) == 3
+        torch.testing.assert_close(_scores(model), wanted, rtol=0.05, atol=0.02)
+        model.model.layers[1].self_attn.scaling = 0.25
+
+
+def test_weights_that_change_are_read_anew() -> None:
+    model = _family("llama")
+    with _running(model):
+        _scores(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(3)
+    model.model.layers[1].input_layernorm.weight = nn.Parameter(torch.full((64,), 2.0).bfloat16())
+    wanted = _own_scores(model)
+    with _running(model):
+        torch.testing.assert_close(_scores(model), wanted, rtol=0.05, atol=0.02)
+
+
+def test_an_error_gives_the_layers_back() -> None:
+    model = _family("llama")
+    with pytest.raises(RuntimeError, match="mine"), _running(model):
+        raise RuntimeError("mine")
+    assert _replaced(model) == 0
+
+
+@pytest.mark.parametrize("how", ["float32", "float16", "unpacked", "compiled"])
+def test_what_stays_as_it_was(how: str) -> None:
+    model = _family("llama")
+    if how in ("float32", "float16"):
+        model = model.to(getattr(torch, how))
+    with fast_layers(model, how != "unpacked", compiled=how == "compiled"):
+        assert _replaced(model) == 0
+
+
+def test_other_calls_go_the_layer_s_own_way() -> None:
+    """Prefills, gradients, plain attention, positional arguments, a keyword we do not know."""
+    model = _family("llama")
+    layer = model.model.layers[0]
+    assert isinstance(layer, LlamaDecoderLayer)
+    x = torch.randn(2, 3, 64).bfloat16()
+    cos, sin = torch.randn(2, 2, 3, 16).bfloat16()
+    wanted = layer(x, position_embeddings=(cos, sin))
+    with fast_layers(model, True), torch.no_grad():
+        assert "forward" in layer.__dict__
+        own = layer(x, position_embeddings=(cos, sin))
+        torch.testing.assert_close(own, wanted, rtol=2**-6, atol=2**-6)
+        own = layer(x, None, position_embeddings=(cos, sin))
+        torch.testing.assert_close(own, wanted, rtol=2**-6, atol=2**-6)
+    with _running(model):
+        target = HFTarget(model, capacity=16)
+        target.prefill([[5, 6, 7]])
+        handle = layer.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "bias_of_mine": x}), with_kwargs=True
+        )
+        with pytest.raises(ValueError, match="LlamaAttention gives its attention the keyword bias"):
+            target.forward(TokenTree.from_rows([([5, 6], [-1, 0])], "cpu"))
+        handle.remove()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_generation_is_the_same_with_and_without(
+    sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts of a random model part soon if anything is wrong; rounding alone parts few."""
+    model = _family("llama")
+    rows = random_prompts((9, 14, 11, 20), 101)
+
+    def run() -> Tensor:
+        decoder = SpeculativeDecoder("suffix", seed=[1, 2, 3, 4], pack=True)
+        options: dict[str, Any] = {"do_sample": sampled, "max_new_tokens": 12}
+        return model.generate(**left_pad(rows), custom_generate=decoder, **options)
+
+    fused = run()
+    monkeypatch.setattr(fusing, "decoder_layers", lambda *_: {})
+    assert float((fused == run()).float().mean()) > 0.7
