@@ -27,7 +27,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from specdec_kernels import (
     SpeculativeDecoder,
@@ -38,11 +38,13 @@ from specdec_kernels import (
     packed_linear,
     rms_norm,
     rope,
+    tree_mask,
 )
-from specdec_kernels.hf import fusing
+from specdec_kernels.hf import fusing, packing
 from specdec_kernels.hf import layers as whole
-from specdec_kernels.hf.attention import tree_attention_in
+from specdec_kernels.hf.attention import Localities, TreeCall, handing, tree_attention_in
 from specdec_kernels.hf.fusing import fast_layers
+from specdec_kernels.hf.locality import FULL
 from specdec_kernels.hf.target import HFTarget
 from specdec_kernels.layouts import Panels
 from specdec_kernels.registry import OPS
@@ -387,29 +389,85 @@ def test_what_stays_as_it_was(how: str) -> None:
         assert _replaced(model) == 0
 
 
-def test_other_calls_go_the_layer_s_own_way() -> None:
-    """Prefills, gradients, plain attention, positional arguments, a keyword we do not know."""
+def _handing_a_chain(batch: int, nodes: int) -> Any:
+    parents = torch.arange(-1, nodes - 1, dtype=torch.int32).repeat(batch, 1)
+    sizes = torch.full((batch,), nodes, dtype=torch.int32)
+    localities = Localities({0: FULL})
+    return handing(TreeCall(*tree_mask(parents, sizes), torch.zeros_like(sizes), sizes, localities))
+
+
+def test_one_rotary_embedding_for_all_rows() -> None:
+    model = _family("llama")
+    layer, x = model.model.layers[0], torch.randn(2, 3, 64).bfloat16()
+    one = tuple(torch.randn(2, 1, 3, 16).bfloat16())
+    with _running(model), _handing_a_chain(2, 3):
+        each = tuple(e.expand(2, 3, 16) for e in one)
+        assert torch.equal(layer(x, position_embeddings=one), layer(x, position_embeddings=each))
+
+
+@pytest.mark.parametrize("how", ["gradients", "positional", "wide rows"])
+def test_other_calls_go_the_layer_s_own_way(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _family("llama")
     layer = model.model.layers[0]
-    assert isinstance(layer, LlamaDecoderLayer)
-    x = torch.randn(2, 3, 64).bfloat16()
-    cos, sin = torch.randn(2, 2, 3, 16).bfloat16()
-    wanted = layer(x, position_embeddings=(cos, sin))
-    with fast_layers(model, True), torch.no_grad():
-        assert "forward" in layer.__dict__
-        own = layer(x, position_embeddings=(cos, sin))
-        torch.testing.assert_close(own, wanted, rtol=2**-6, atol=2**-6)
-        own = layer(x, None, position_embeddings=(cos, sin))
-        torch.testing.assert_close(own, wanted, rtol=2**-6, atol=2**-6)
     with _running(model):
-        target = HFTarget(model, capacity=16)
-        target.prefill([[5, 6, 7]])
-        handle = layer.register_forward_pre_hook(
-            lambda module, args, kwargs: (args, {**kwargs, "bias_of_mine": x}), with_kwargs=True
-        )
-        with pytest.raises(ValueError, match="LlamaAttention gives its attention the keyword bias"):
-            target.forward(TokenTree.from_rows([([5, 6], [-1, 0])], "cpu"))
-        handle.remove()
+        pass  # tried before
+    monkeypatch.setattr(whole, "before_attention", lambda *_: pytest.fail("taken"))
+    x, (cos, sin) = torch.randn(1, 3, 64).bfloat16(), torch.randn(2, 1, 3, 16).bfloat16()
+    args = (None, None) if how == "positional" else ()
+    with _running(model), _handing_a_chain(1, 3):
+        assert "forward" in layer.__dict__
+        if how == "wide rows":  # which its own norm cannot multiply by narrow weights
+            with pytest.raises(RuntimeError, match="dtype"):
+                layer(x.float(), position_embeddings=(cos, sin))
+            return
+        with torch.set_grad_enabled(how == "gradients"):
+            own = layer(x, *args, position_embeddings=(cos, sin))
+    with tree_attention_in(model), torch.no_grad(), _handing_a_chain(1, 3):
+        wanted = layer(x, position_embeddings=(cos, sin))
+    torch.testing.assert_close(own, wanted, rtol=2**-6, atol=2**-6)
+
+
+def test_an_embedding_of_another_type_is_the_layer_s_own_affair() -> None:
+    model = _family("llama")
+    x, (cos, sin) = torch.randn(1, 3, 64).bfloat16(), torch.randn(2, 1, 3, 16)
+    refused = pytest.raises(ValueError, match="tree_attention: v_cache must be float32 like q")
+    with _running(model), _handing_a_chain(1, 3), refused:
+        model.model.layers[0](x, position_embeddings=(cos, sin))
+
+
+def test_a_keyword_that_we_do_not_know_is_refused() -> None:
+    model = _family("llama")
+    with _running(model), _handing_a_chain(1, 3):
+        x, (cos, sin) = torch.randn(1, 3, 64).bfloat16(), torch.randn(2, 1, 3, 16).bfloat16()
+        with pytest.raises(ValueError, match="LlamaAttention gives its attention the keyword mine"):
+            model.model.layers[0](x, position_embeddings=(cos, sin), mine=x)
+
+
+def test_layers_stay_where_their_weights_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_fits", lambda linears: False)
+    model = _family("llama")
+    with fast_layers(model):
+        assert _replaced(model) == 0
+
+
+class _WithSinks(LlamaAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, s_aux=torch.ones(4), **kwargs)
+
+
+def test_attention_with_sinks_is_left_alone() -> None:
+    model = _family("llama")
+    model.model.layers[1].self_attn.__class__ = _WithSinks
+    with _running(model):
+        assert _replaced(model) == 2
+
+
+def test_parts_too_small_to_show_are_tried_too() -> None:
+    model = _family("gelu")
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data *= 1e-3
+    with _running(model):
+        assert _replaced(model) == 0
 
 
 @pytest.mark.parametrize("sampled", [False, True])
