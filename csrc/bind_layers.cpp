@@ -98,16 +98,18 @@ auto before_attention_cpu(const Tensor& x, const Tensor& norm_weight, double eps
                           const Tensor& q_panels, const Tensor& k_panels, const Tensor& v_panels,
                           const Tensor& cos, const Tensor& sin, int64_t num_heads,
                           int64_t num_groups, OptionalTensor q_bias, OptionalTensor k_bias,
-                          OptionalTensor v_bias) {
+                          OptionalTensor v_bias, OptionalTensor q_norm_weight,
+                          OptionalTensor k_norm_weight) {
   const char* op = "before_attention";
-  check_shapes(op,
-               {x, norm_weight, q_panels, k_panels, v_panels, cos, sin, q_bias, k_bias, v_bias});
+  check_shapes(op, {x, norm_weight, q_panels, k_panels, v_panels, cos, sin, q_bias, k_bias, v_bias,
+                    q_norm_weight, k_norm_weight});
   const int64_t batch = x.size(0), nodes = x.size(1), features = x.size(2), dim = cos.size(2);
   if (dim % 2 != 0) fail("%s: D must be even, got %ld", op, dim);
   const PackedTensors q(op, "q_", q_panels, q_bias, num_heads * dim, features);
   const PackedTensors k(op, "k_", k_panels, k_bias, num_groups * dim, features);
   const PackedTensors v(op, "v_", v_panels, v_bias, num_groups * dim, features);
   const Tensor rows = packed(x), scale = packed(norm_weight);
+  const OptionalTensor q_scale = packed(q_norm_weight), k_scale = packed(k_norm_weight);
   const Tensor cosines = with_unit_stride(cos), sines = with_unit_stride(sin);
   Output q_out({batch, num_heads, nodes, dim}, ScalarType::BFloat16);
   Output k_out({batch, num_groups, nodes, dim}, ScalarType::BFloat16);
@@ -120,6 +122,8 @@ auto before_attention_cpu(const Tensor& x, const Tensor& norm_weight, double eps
       .q = q.layer(),
       .k = k.layer(),
       .v = v.layer(),
+      .q_norm_weight = data<Bfloat16>(q_scale),
+      .k_norm_weight = data<Bfloat16>(k_scale),
       .cos = data<Bfloat16>(cosines),
       .sin = data<Bfloat16>(sines),
       .q_out = q_out.data<Bfloat16>(),

@@ -80,6 +80,9 @@ def test_before_attention_is_its_parts_bit_for_bit() -> None:
         .transpose(1, 2)
         for name, num in (("q", 4), ("k", 2), ("v", 2))
     ]
+    for i, name in enumerate(("q", "k")):
+        flat = rms_norm(heads[i].reshape(-1, 16), inputs[f"{name}_norm_weight"], 1e-5)
+        heads[i] = flat.view(heads[i].shape)
     turned = rope(heads[0], heads[1], inputs["cos"], inputs["sin"])
     assert torch.equal(q, turned[0]) and torch.equal(k, turned[1]) and torch.equal(v, heads[2])
 
@@ -209,6 +212,9 @@ def _family(name: str) -> Any:
                 parameter.data = torch.randn_like(parameter)
     elif name == "qwen3, norms of heads":
         model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data = torch.rand_like(parameter) + 0.5
     elif name == "granite, scaled residuals":
         model = GraniteForCausalLM(GraniteConfig(**SIZES, residual_multiplier=0.5))
     elif name == "cohere2, in parallel":
@@ -222,7 +228,7 @@ def _family(name: str) -> Any:
 
 FAMILIES = {
     "llama": 3, "mistral, a window": 2, "qwen2, with biases": 2, "silu": 3,
-    "qwen3, norms of heads": 0, "granite, scaled residuals": 0, "cohere2, in parallel": 0,
+    "qwen3, norms of heads": 2, "granite, scaled residuals": 0, "cohere2, in parallel": 0,
     "gemma, another norm": 0, "gelu": 0, "gelu_pytorch_tanh": 0, "relu": 0, "quick_gelu": 0,
 }  # fmt: skip
 
@@ -441,6 +447,13 @@ def test_a_keyword_that_we_do_not_know_is_refused() -> None:
         x, (cos, sin) = torch.randn(1, 3, 64).bfloat16(), torch.randn(2, 1, 3, 16).bfloat16()
         with pytest.raises(ValueError, match="LlamaAttention gives its attention the keyword mine"):
             model.model.layers[0](x, position_embeddings=(cos, sin), mine=x)
+
+
+def test_norms_that_differ_in_their_epsilon_are_left_alone() -> None:
+    model = _family("qwen3, norms of heads")
+    model.model.layers[0].self_attn.k_norm.variance_epsilon = 0.5
+    with _running(model):
+        assert _replaced(model) == 1
 
 
 def test_layers_stay_where_their_weights_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 // The first half of a pre-norm decoder layer, of which eager models make eight operators and more.
-// The kernels of `rms_norm`, `packed_linear` and `rope` in turn: what lies between them stays in
-// the cache, rounded to bfloat16 where eager values are. Bytes moved: the panels, once.
+// The kernels of `rms_norm`, `packed_linear`, maybe `rms_norm`, and `rope` in turn: what lies
+// between them stays in the cache, rounded to bfloat16 where eager values are. Bytes moved: the
+// panels, once.
 #include "../core/before_attention.hpp"
 
 #include "../core/rope.hpp"
@@ -21,6 +22,11 @@ void before_attention(const BeforeAttentionParams& params) {
   const PackedWeight weights[] = {into(params.q, q), into(params.k, k),
                                   into(params.v, params.v_out)};
   multiply_packed({normed, params.features, rows, params.features}, weights, 3);
+  const int32_t q_heads = rows * params.heads, k_heads = rows * params.groups;
+  if (params.q_norm_weight != nullptr)
+    norm(q, params.q_norm_weight, params.epsilon, q_heads, params.head_dim, q);
+  if (params.k_norm_weight != nullptr)
+    norm(k, params.k_norm_weight, params.epsilon, k_heads, params.head_dim, k);
   const auto heads = [&](const Bfloat16* x, int32_t num, Bfloat16* out) {
     const int64_t stride_n = int64_t{num} * params.head_dim;
     return RopeHeads{x, out, params.nodes * stride_n, params.head_dim, stride_n, num};

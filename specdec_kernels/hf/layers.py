@@ -24,11 +24,13 @@ from .packing import lent_forwards, panels_in_use, takes_panels
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_HEAD_NORMS = ("q_norm", "k_norm")
 _CHILDREN = {
-    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
-    "self_attn": set(_PROJECTIONS),
-    "mlp": {*_MLP, "act_fn"},
+    "": [{"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}],
+    "self_attn": [{*_PROJECTIONS}, {*_PROJECTIONS, *_HEAD_NORMS}],
+    "mlp": [{*_MLP, "act_fn"}],
 }
+"""Part -> what it may consist of."""
 _CACHES = ("cache", "past_key_values")
 """What versions of transformers call it."""
 _OF_THE_LAYER = {"attention_mask", "position_embeddings", *_CACHES}
@@ -68,17 +70,22 @@ def whole_layers(layers: Mapping[Any, dict[str, Any]]) -> Iterator[None]:
 
 
 def _has_the_parts(layer: Any, norms: Container[nn.Module]) -> bool:
-    for path, names in _CHILDREN.items():
+    for path, choices in _CHILDREN.items():
         part = getattr(layer, path, None) if path else layer
         if not isinstance(part, nn.Module) or "forward" in part.__dict__:
             return False
-        if {name for name, _ in part.named_children()} != names:
+        if {name for name, _ in part.named_children()} not in choices:
             return False
-    return (
-        layer.input_layernorm in norms
-        and layer.post_attention_layernorm in norms
-        and all(takes_panels(linear) for linear in _linears(layer))
-    )
+    own = _norms(layer)
+    return all(
+        norm in norms and norm.variance_epsilon == own[0].variance_epsilon for norm in own
+    ) and all(takes_panels(linear) for linear in _linears(layer))
+
+
+def _norms(layer: Any) -> list[Any]:
+    heads = [getattr(layer.self_attn, name, None) for name in _HEAD_NORMS]
+    whole = [layer.input_layernorm, layer.post_attention_layernorm]
+    return whole + [norm for norm in heads if norm is not None]
 
 
 def _linears(layer: Any) -> list[Any]:
@@ -91,7 +98,7 @@ class _Halves:
 
     def __init__(self, layer: Any, panels: Callable[[Any], Tensor | None]) -> None:
         attention, mlp, linears = layer.self_attn, layer.mlp, _linears(layer)
-        first, second = layer.input_layernorm, layer.post_attention_layernorm
+        first, second, *of_heads = _norms(layer)
         self.parts = (attention, mlp, *attention.children(), *mlp.children(), first, second)
         self.head_dim = int(attention.head_dim)
         self.size = first.weight.numel()
@@ -99,7 +106,7 @@ class _Halves:
         q, k, v, o, gate, up, down = (panels(linear) for linear in linears)
         biases = [linear.bias for linear in linears]
         self._before = (first.weight, first.variance_epsilon, q, k, v)
-        self._heads = (heads, groups, *biases[:3])
+        self._heads = (heads, groups, *biases[:3], *(norm.weight for norm in of_heads))
         self._after = (o, second.weight, second.variance_epsilon, gate, up, down)
         self._hidden = (linears[4].out_features, *biases[3:])
 

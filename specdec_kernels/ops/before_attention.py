@@ -43,6 +43,8 @@ def _fake(
     q_bias: Tensor | None = None,
     k_bias: Tensor | None = None,
     v_bias: Tensor | None = None,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     panels, biases = (q_panels, k_panels, v_panels), (q_bias, k_bias, v_bias)
     _check(x, panels, biases, cos, num_heads, num_groups)
@@ -75,6 +77,7 @@ def _inputs(
     angles = torch.rand((1, N, D // 2), generator=generator) * 6.0
     angles = torch.cat([angles, angles], -1).expand(B, N, D)
     biases = {f"{name}_bias": random(heads * D) for name, heads in (("q", H), ("k", G), ("v", G))}
+    norms = {f"{name}_norm_weight": random(D) + 1 for name in ("q", "k")}
     return {
         "x": random(B, N, F) * 3,
         "norm_weight": random(F) + 1,
@@ -87,13 +90,15 @@ def _inputs(
         "num_heads": H,
         "num_groups": G,
         **(biases if B % 2 else {}),
+        **(norms if N % 2 else {}),
     }
 
 
 @op(
     shapes="x: B N F bfloat16, norm_weight: F bfloat16, q_panels: _ _ _ _ bfloat16, "
     "k_panels: _ _ _ _ bfloat16, v_panels: _ _ _ _ bfloat16, cos: B N D bfloat16, "
-    "sin: B N D bfloat16, q_bias: _ bfloat16, k_bias: _ bfloat16, v_bias: _ bfloat16",
+    "sin: B N D bfloat16, q_bias: _ bfloat16, k_bias: _ bfloat16, v_bias: _ bfloat16, "
+    "q_norm_weight: D bfloat16, k_norm_weight: D bfloat16",
     fake=_fake,
     inputs=_inputs,
     tolerance={torch.bfloat16: 2**-7},
@@ -118,17 +123,21 @@ def before_attention(
     q_bias: Tensor | None = None,
     k_bias: Tensor | None = None,
     v_bias: Tensor | None = None,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a pre-norm decoder layer gives its attention: `rms_norm`, three times `packed_linear`,
-    and `rope` of queries and keys, each rounded to bfloat16 as there.
+    where wanted `rms_norm` of every head of queries and keys, and their `rope`, each rounded to
+    bfloat16 as there.
 
     Args:
         x: [B, N, F] bfloat16, the hidden states, any strides.
-        norm_weight: [F], with `epsilon` as in `rms_norm`.
+        norm_weight: [F], with `epsilon` as in `rms_norm`; it serves all norms.
         q_panels, k_panels, v_panels: `panels_of` the weights [H D, F], [G D, F], [G D, F].
         cos, sin: [B, N, D], as in `rope`.
         num_heads, num_groups: H and G.
         q_bias, k_bias, v_bias: [H D], [G D], [G D] bfloat16, or None.
+        q_norm_weight, k_norm_weight: [D] bfloat16, of the norms of heads, or None.
 
     Returns:
         q [B, H, N, D] and k [B, G, N, D], turned, contiguous; v [B, G, N, D], contiguous as
@@ -137,7 +146,8 @@ def before_attention(
     Raises:
         ValueError: panels or a bias of another size, an odd D.
 
-    Source: Touvron et al., "LLaMA", 2302.13971, section 2.2; Ainslie et al., "GQA", 2305.13245.
+    Source: Touvron et al., "LLaMA", 2302.13971, section 2.2; Ainslie et al., "GQA", 2305.13245;
+        norms of heads: Yang et al., "Qwen3", 2505.09388, section 2.
     """
     panels, biases = (q_panels, k_panels, v_panels), (q_bias, k_bias, v_bias)
     _check(x, panels, biases, cos, num_heads, num_groups)
@@ -150,4 +160,8 @@ def before_attention(
         .transpose(1, 2)
         for packed, count, bias in zip(panels, counts, biases, strict=True)
     )
+    if q_norm_weight is not None:
+        q = rms_norm.reference(q.reshape(-1, q.shape[3]), q_norm_weight, epsilon).view(q.shape)
+    if k_norm_weight is not None:
+        k = rms_norm.reference(k.reshape(-1, k.shape[3]), k_norm_weight, epsilon).view(k.shape)
     return *rope.reference(q, k, cos, sin), v
