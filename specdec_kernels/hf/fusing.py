@@ -1,4 +1,4 @@
-"""Norms and rotary embeddings in one operator each, while this package runs the model."""
+"""Norms, rotary embeddings and whole layers in fewer operators, while this package decodes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def fast_layers(
 ) -> Iterator[None]:
     """Let a model on the CPU run with fewer and larger operators, and give it back.
 
-    16-bit models only: float32 stays bit for bit what it was. A norm or rotary embedding is
-    replaced if, tried on random numbers, it computes what the operator computes.
+    16-bit models only: float32 stays bit for bit what it was. A norm, a rotary embedding or a
+    whole layer (see `layers`) is replaced if, tried on random numbers, it computes what the
+    operators compute.
 
     Args:
         pack: see `packed_linears`.
