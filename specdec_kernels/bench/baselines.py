@@ -245,13 +245,12 @@ def _hf_before_attention(inputs: Inputs) -> Callable[[], Any]:
         weight_of(inputs[f"{name}_panels"], count * cos.shape[2], x.shape[2])
         for name, count in zip("qkv", counts, strict=True)
     ]
-    biases = [inputs.get(f"{name}_bias") for name in "qkv"]
 
     def call() -> Any:
         normed = norm(x)
         q, k, v = (
-            linear(normed, weight, bias).view(*x.shape[:2], -1, cos.shape[2]).transpose(1, 2)
-            for weight, bias in zip(weights, biases, strict=True)
+            linear(normed, weight).view(*x.shape[:2], -1, cos.shape[2]).transpose(1, 2)
+            for weight in weights
         )
         return *apply_rotary_pos_emb(q, k, cos, sin), v
 
@@ -272,7 +271,7 @@ def _hf_after_attention(inputs: Inputs) -> Callable[[], Tensor]:
     weights = {name: weight_of(inputs[f"{name}_panels"], *size) for name, size in sizes.items()}
 
     def product(name: str, x: Tensor) -> Tensor:
-        return linear(x, weights[name], inputs.get(f"{name}_bias"))
+        return linear(x, weights[name])
 
     def call() -> Tensor:
         new = residual + product("o", values)

@@ -94,6 +94,12 @@ def _sampled_drafts(inputs: Inputs) -> Inputs:
     return {**_likely_drafts(inputs), "return_logprobs": False}
 
 
+def _llama_layer(inputs: Inputs) -> Inputs:
+    """Without biases and norms of heads."""
+    left_out = {name for name in inputs if name.endswith(("_bias", "_norm_weight"))}
+    return {name: value for name, value in inputs.items() if name not in left_out}
+
+
 def _unchanged(inputs: Inputs) -> Inputs:
     return inputs
 
@@ -174,14 +180,17 @@ CASES: tuple[BenchCase, ...] = (
             "before_attention",
             {"B": 1, "N": nodes, **layer},
             (base.HF_BEFORE_ATTENTION,),
-            _unchanged,
+            _llama_layer,
         )
         for layer in ({"F": 576, "H": 9, **_SMALL}, {"F": 4096, "H": 32, **_LARGE})
         for nodes in (1, 8, 16, 64)
     ),
     *(
         BenchCase(
-            "after_attention", {"B": 1, "N": nodes, **layer}, (base.HF_AFTER_ATTENTION,), _unchanged
+            "after_attention",
+            {"B": 1, "N": nodes, **layer},
+            (base.HF_AFTER_ATTENTION,),
+            _llama_layer,
         )
         for layer in (
             {"F": 576, "H": 9, "E": 64, "U": 1536},
