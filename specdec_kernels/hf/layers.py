@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -46,9 +47,10 @@ def decoder_layers(model: nn.Module, norms: Container[nn.Module]) -> dict[Any, d
     Args:
         norms: the modules that are known to compute `rms_norm`.
     """
-    found = {}
+    found: dict[Any, dict[str, Any]] = {}
+    twins: dict[Any, Any] = {}
     for layer in model.modules():
-        if _has_the_parts(layer, norms) and (options := _options_of(layer)) is not None:
+        if _has_the_parts(layer, norms) and (options := _options_of(layer, twins)) is not None:
             found[layer] = options
     return found
 
@@ -77,9 +79,11 @@ def _has_the_parts(layer: Any, norms: Container[nn.Module]) -> bool:
         if {name for name, _ in part.named_children()} not in choices:
             return False
     own = _norms(layer)
-    return all(
-        norm in norms and norm.variance_epsilon == own[0].variance_epsilon for norm in own
-    ) and all(takes_panels(linear) for linear in _linears(layer))
+    return (
+        next(layer.buffers(), None) is None
+        and all(norm in norms and norm.variance_epsilon == own[0].variance_epsilon for norm in own)
+        and all(takes_panels(linear) for linear in _linears(layer))
+    )
 
 
 def _norms(layer: Any) -> list[Any]:
@@ -133,32 +137,43 @@ class _Halves:
         return any(part._forward_hooks or part._forward_pre_hooks for part in self.parts)
 
 
-_rehearsed: dict[Any, dict[str, Any] | None] = {}
-"""What layers are made of -> their options; None if the operators compute something else."""
+_rehearsed: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Any] | None]]
+_rehearsed = weakref.WeakKeyDictionary()
+"""Layer -> its options when it was tried, and those of its attention; None if the operators compute
+something else.
+"""
 
 
-def _options_of(layer: Any) -> dict[str, Any] | None:
-    made_of = (
-        _plain_values(getattr(layer.self_attn, "config", None)),
-        *((type(part), _plain_values(part)) for part in layer.modules()),
-        *((name, tuple(value.shape)) for name, value in layer.named_parameters()),
-    )
-    if made_of not in _rehearsed:
-        _rehearsed[made_of] = _rehearse(layer)
-    return _rehearsed[made_of]
+def _options_of(layer: Any, twins: dict[Any, Any]) -> dict[str, Any] | None:
+    """Each layer is tried: what it computes may depend on its place.
 
-
-def _plain_values(thing: Any) -> tuple[Any, ...]:
-    """Its options, but for its place among the layers."""
-    values = sorted(getattr(thing, "__dict__", {}).items())
-    plain = (int, float, str, bool)
-    return tuple(item for item in values if isinstance(item[1], plain) and item[0] != "layer_idx")
-
-
-def _rehearse(layer: Any) -> dict[str, Any] | None:
-    """Run a copy of the layer, and both halves, on random numbers, its weights too: in those of a
-    model one part may be too small to show.
+    Args:
+        twins: by classes and sizes, shared by the layers of a model.
     """
+    plain = (int, float, str, bool)
+    config = getattr(layer.self_attn, "config", None)
+    state = [
+        (name, value if isinstance(value, plain) else id(value))
+        for thing in (config, *layer.modules())
+        for name, value in _own_values(thing).items()
+    ]
+    if layer not in _rehearsed or _rehearsed[layer][0] != state:
+        classes = tuple(type(part) for part in layer.modules())
+        made_of = (classes, *((name, x.shape) for name, x in layer.named_parameters()))
+        if made_of not in twins:
+            twins[made_of] = _twin(layer)
+        _rehearsed[layer] = (state, _rehearse(layer, twins[made_of]))
+    return _rehearsed[layer][1]
+
+
+def _own_values(thing: Any) -> dict[str, Any]:
+    """What somebody set on it, besides PyTorch."""
+    values = getattr(thing, "__dict__", {})
+    return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
+def _twin(layer: Any) -> Any:
+    """A copy with random weights, since in a model's own one part may be too small to show."""
     config = getattr(layer.self_attn, "config", None)
     generator = torch.Generator().manual_seed(0)
     twin = copy.deepcopy(layer, {id(config): config})
@@ -168,6 +183,17 @@ def _rehearse(layer: Any) -> dict[str, Any] | None:
     for parameter in twin.parameters():
         size = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
         parameter.data = (torch.randn(parameter.shape, generator=generator) * size).bfloat16()
+    return twin
+
+
+def _rehearse(layer: Any, twin: Any) -> dict[str, Any] | None:
+    """Run the twin, as if it were the layer, and both halves on random numbers; what it gives its
+    attention.
+    """
+    for part, own_part in zip(twin.modules(), layer.modules(), strict=True):
+        part.__dict__.update(_own_values(own_part))
+    generator = torch.Generator().manual_seed(0)
+    config = getattr(layer.self_attn, "config", None)
     rehearsal = Rehearsal()
     try:
         halves = _Halves(twin, lambda linear: panels_of(linear.weight))
