@@ -127,7 +127,7 @@ class _Halves:
 
     def fit(self, x: Tensor, embeddings: Any) -> bool:
         """Whether these are hidden states and a rotary embedding as the operators take them."""
-        if not isinstance(embeddings, tuple) or x.dim() != 3 or x.dtype != torch.bfloat16:
+        if not isinstance(embeddings, tuple) or x.dim() != 3:
             return False
         shape = (x.shape[1], self.head_dim)
         return all(e.dtype == x.dtype and e.shape[1:] == shape for e in embeddings)
