@@ -1,9 +1,11 @@
 // A few rows times bfloat16 weights that lie in panels of 16 outputs, two features side by side:
 // one 32-bit lane is a pair of weights of one output, widened by a shift and a mask.
 //
-// A task owns some register columns (kLanes outputs each) and all rows, so that every weight comes
-// from memory once. Products accumulate in float over all features in order: a row's result does
-// not depend on the other rows, nor on the number of threads. Bytes moved: the panels.
+// A task owns some panels and all rows, so that every weight comes from memory once. It goes
+// through them in groups of register columns (kLanes outputs each), and through each group once for
+// every block of rows, while it prefetches the next group. Products accumulate in float over all
+// features in order: a row's result does not depend on the other rows, nor on the number of
+// threads. Bytes moved: the panels.
 #include "packed_linear.hpp"
 
 #include "parallel.hpp"
@@ -18,20 +20,21 @@ constexpr int64_t kMinBytes = 32768;  // of weights that are worth a thread
 #if defined(__AVX512F__)
 constexpr int kAccumulators = 24, kMaxColumns = 8;  // of 32 registers
 #elif defined(__AVX2__)
-constexpr int kAccumulators = 12, kMaxColumns = 4;  // of 16
+constexpr int kAccumulators = 10, kMaxColumns = 4;  // of 16
 #else
 constexpr int kAccumulators = 8, kMaxColumns = 2;
 #endif
-constexpr int kBlockRows = 12 < kAccumulators ? 12 : kAccumulators;
-constexpr int32_t kPrefetchedPairs = 16;  // 1 KiB ahead
+constexpr int kBlockRows = kAccumulators / 2;
+constexpr int64_t kPairBytes = kPanelOutputs * 4, kNearAhead = 1024;
 
 constexpr int columns_for(int rows) {
   const int columns = kAccumulators / rows;
-  return columns > kMaxColumns ? kMaxColumns : columns;
+  if (columns > kMaxColumns) return kMaxColumns;
+  return columns < kColumnsPerPanel ? columns : columns / kColumnsPerPanel * kColumnsPerPanel;
 }
 
-int64_t columns_of(const PackedWeight& weight) {
-  return (int64_t{weight.outputs} + kLanes - 1) / kLanes;
+int64_t panels_of(const PackedWeight& weight) {
+  return (int64_t{weight.outputs} + kPanelOutputs - 1) / kPanelOutputs;
 }
 
 // The weights of one register column.
@@ -40,10 +43,15 @@ struct Column {
   int32_t first;       // output in lane 0
 };
 
-// out[r, column] for kRows rows of x [features, kRows] and kColumns columns.
+// Bytes between the weights in use and those to prefetch: at the first pair, and more at each next.
+struct Ahead {
+  int64_t first, step;
+};
+
+// out[r, column] for kRows rows of x [features, kRows] and kColumns columns, neighbours.
 template <int kRows, int kColumns>
 void multiply_columns(const PackedWeight& weight, int32_t features, const float* x,
-                      int32_t first_row, const Column* columns) {
+                      int32_t first_row, const Column* columns, Ahead ahead) {
   Float sums[kRows][kColumns];  // in registers: every loop over it is unrolled
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
@@ -53,11 +61,12 @@ void multiply_columns(const PackedWeight& weight, int32_t features, const float*
   const float* pairs[kColumns];
   for (int c = 0; c < kColumns; ++c) pairs[c] = columns[c].pairs;
   const int32_t num_pairs = (features + 1) / 2;
-  for (int32_t k = 0; k < num_pairs; ++k, x += 2 * kRows) {
+  for (int32_t k = 0; k < num_pairs; ++k, x += 2 * kRows, ahead.first += ahead.step) {
     Float even[kColumns], odd[kColumns];
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
-      __builtin_prefetch(pairs[c] + int64_t{k + kPrefetchedPairs} * kPanelOutputs);
+      if (c % kColumnsPerPanel == 0)
+        __builtin_prefetch(reinterpret_cast<const char*>(pairs[c]) + ahead.first);
       const Uint raw = reinterpret_cast<Uint>(load(pairs[c] + int64_t{k} * kPanelOutputs));
       even[c] = reinterpret_cast<Float>(raw << 16);
       odd[c] = reinterpret_cast<Float>(raw & 0xFFFF0000u);
@@ -91,8 +100,8 @@ void multiply_columns(const PackedWeight& weight, int32_t features, const float*
   }
 }
 
-using MultiplyColumns = void (*)(const PackedWeight&, int32_t, const float*, int32_t,
-                                 const Column*);
+using MultiplyColumns = void (*)(const PackedWeight&, int32_t, const float*, int32_t, const Column*,
+                                 Ahead);
 
 template <int kRows, int... kColumns>
 MultiplyColumns choose_columns(int columns, std::integer_sequence<int, kColumns...>) {
@@ -143,9 +152,9 @@ void widen(const PackedRows& input, int32_t first, int32_t rows, float* x) {
 }  // namespace
 
 void multiply_packed(const PackedRows& input, const PackedWeight* weights, int num_weights) {
-  int64_t num_columns = 0;
-  for (int i = 0; i < num_weights; ++i) num_columns += columns_of(weights[i]);
-  if (input.rows == 0 || num_columns == 0) return;
+  int64_t num_panels = 0;
+  for (int i = 0; i < num_weights; ++i) num_panels += panels_of(weights[i]);
+  if (input.rows == 0 || num_panels == 0) return;
   thread_local Scratch<float> scratch;
   const int64_t padded = (int64_t{input.features} + 1) / 2 * 2;
   float* x = scratch.reserve(padded * input.rows + kLanes);
@@ -158,12 +167,26 @@ void multiply_packed(const PackedRows& input, const PackedWeight* weights, int n
     const int32_t begin = block_begin(block), end = block_begin(block + 1);
     widen(input, begin, end - begin, x + padded * begin);
   }
+  const int64_t panel_bytes = padded / 2 * kPairBytes;
   const int32_t step = columns_for((input.rows + num_blocks - 1) / num_blocks);
-  // Columns [begin, end) of one weight.
+  const int64_t group_bytes = (step + kColumnsPerPanel - 1) / kColumnsPerPanel * panel_bytes;
+  // Every block of rows prefetches an equal share of the next group, so that memory never rests;
+  // where there is one block, or a group that nothing has prefetched, it is what comes soon.
+  const auto ahead_of = [&](bool is_first_group, int32_t block) -> Ahead {
+    if (num_blocks == 1 || (is_first_group && block == 0)) return {kNearAhead, kPairBytes};
+    const int64_t share = (kPairBytes + num_blocks - 1) / num_blocks;  // of a pair's bytes
+    return {group_bytes + block * share * (padded / 2), share};
+  };
+  // Panels [begin, end) of one weight.
   const auto multiply = [&](const PackedWeight& weight, int64_t begin, int64_t end) {
+    const int64_t first_column = begin * kColumnsPerPanel;
+    const int64_t end_column = (int64_t{weight.outputs} + kLanes - 1) / kLanes;
+    const int64_t last_column =
+        end * kColumnsPerPanel < end_column ? end * kColumnsPerPanel : end_column;
     Column columns[kMaxColumns];
-    for (int64_t at = begin; at < end; at += step) {
-      const int32_t count = static_cast<int32_t>(end - at < step ? end - at : step);
+    for (int64_t at = first_column; at < last_column; at += step) {
+      const int64_t left = last_column - at;
+      const int32_t count = left < step ? static_cast<int32_t>(left) : step;
       for (int32_t c = 0; c < count; ++c) {
         const int64_t column = at + c, panel = column / kColumnsPerPanel;
         const int64_t lane = column % kColumnsPerPanel * kLanes;
@@ -174,17 +197,17 @@ void multiply_packed(const PackedRows& input, const PackedWeight* weights, int n
       for (int32_t block = 0; block < num_blocks; ++block) {
         const int32_t first = block_begin(block), rows = block_begin(block + 1) - first;
         choose(rows, count, std::make_integer_sequence<int, kBlockRows>())(
-            weight, input.features, x + padded * first, first, columns);
+            weight, input.features, x + padded * first, first, columns,
+            ahead_of(at == first_column, block));
       }
     }
   };
-  const int64_t column_bytes = padded * kLanes * 2;
-  parallel_for(num_columns, 1 + kMinBytes / (column_bytes + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(num_panels, 1 + kMinBytes / (panel_bytes + 1), [&](int64_t begin, int64_t end) {
     for (int i = 0; i < num_weights; ++i) {
-      const int64_t columns = columns_of(weights[i]);
-      multiply(weights[i], begin < 0 ? 0 : begin, end < columns ? end : columns);
-      begin -= columns;
-      end -= columns;
+      const int64_t panels = panels_of(weights[i]);
+      multiply(weights[i], begin < 0 ? 0 : begin, end < panels ? end : panels);
+      begin -= panels;
+      end -= panels;
     }
   });
 }
