@@ -68,13 +68,17 @@ def test_rows_hold_the_times_and_the_machine() -> None:
 def test_the_matrix_rate_is_that_of_the_faster_type(
     faster: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CPUs without bfloat16 products emulate them."""
+    """CPUs without bfloat16 products emulate them, some so slowly that a large one takes minutes."""
+    large = []
 
     def seconds(product: Any, device: str) -> float:
-        return 0.5 if product.args[0].dtype == faster else 2.0
+        matrix = product.args[0]
+        large.extend([matrix.dtype] if len(matrix) == machine._MATRIX else [])
+        return 0.5 if matrix.dtype == faster else 2.0
 
     monkeypatch.setattr(machine, "_fastest", seconds)
     assert machine._matrix_rate("cpu") == 2 * machine._MATRIX**3 / 0.5
+    assert large == [faster]
 
 
 def test_copies_are_as_many_as_what_a_call_touches_needs() -> None:
