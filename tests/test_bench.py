@@ -68,7 +68,7 @@ def test_rows_hold_the_times_and_the_machine() -> None:
 def test_the_matrix_rate_is_that_of_the_faster_type(
     faster: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CPUs without bfloat16 products emulate them, some so slowly that a large one takes minutes."""
+    """CPUs without bfloat16 products emulate them; a large one may take a minute."""
     large = []
 
     def seconds(product: Any, device: str) -> float:

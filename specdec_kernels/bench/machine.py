@@ -69,9 +69,9 @@ def _matrix_rate(device: str) -> float:
     """CPUs without bfloat16 products emulate them, some a hundred times as slowly as they multiply
     float32; there the float32 units set the limit, and a small product tells.
     """
-    dtypes = (torch.bfloat16, torch.float32)
+    dtypes = [torch.bfloat16, torch.float32]
     if device == "cpu":
-        dtypes = (min(dtypes, key=partial(_product_seconds, _MATRIX // 8, device)),)
+        dtypes = [min(dtypes, key=partial(_product_seconds, _MATRIX // 8, device))]
     seconds = min(_product_seconds(_MATRIX, device, dtype) for dtype in dtypes)
     return 2 * _MATRIX**3 / seconds
 
