@@ -24,9 +24,10 @@ constexpr int kAccumulators = 10, kMaxColumns = 4;  // of 16
 #else
 constexpr int kAccumulators = 8, kMaxColumns = 2;
 #endif
-constexpr int kBlockRows = kAccumulators / 2;
+constexpr int kBlockRows = kAccumulators / 2;  // so that a load of x serves two columns
 constexpr int64_t kPairBytes = kPanelOutputs * 4, kNearAhead = 1024;
 
+// As many as there are accumulators for, in whole panels if that is one or more.
 constexpr int columns_for(int rows) {
   const int columns = kAccumulators / rows;
   if (columns > kMaxColumns) return kMaxColumns;
@@ -167,7 +168,7 @@ void multiply_packed(const PackedRows& input, const PackedWeight* weights, int n
     const int32_t begin = block_begin(block), end = block_begin(block + 1);
     widen(input, begin, end - begin, x + padded * begin);
   }
-  const int64_t panel_bytes = padded / 2 * kPairBytes;
+  const int64_t num_pairs = padded / 2, panel_bytes = num_pairs * kPairBytes;
   const int32_t step = columns_for((input.rows + num_blocks - 1) / num_blocks);
   const int64_t group_bytes = (step + kColumnsPerPanel - 1) / kColumnsPerPanel * panel_bytes;
   // Every block of rows prefetches an equal share of the next group, so that memory never rests;
@@ -175,23 +176,22 @@ void multiply_packed(const PackedRows& input, const PackedWeight* weights, int n
   const auto ahead_of = [&](bool is_first_group, int32_t block) -> Ahead {
     if (num_blocks == 1 || (is_first_group && block == 0)) return {kNearAhead, kPairBytes};
     const int64_t share = (kPairBytes + num_blocks - 1) / num_blocks;  // of a pair's bytes
-    return {group_bytes + block * share * (padded / 2), share};
+    return {group_bytes + block * share * num_pairs, share};
   };
   // Panels [begin, end) of one weight.
   const auto multiply = [&](const PackedWeight& weight, int64_t begin, int64_t end) {
     const int64_t first_column = begin * kColumnsPerPanel;
-    const int64_t end_column = (int64_t{weight.outputs} + kLanes - 1) / kLanes;
-    const int64_t last_column =
-        end * kColumnsPerPanel < end_column ? end * kColumnsPerPanel : end_column;
+    int64_t end_column = (int64_t{weight.outputs} + kLanes - 1) / kLanes;
+    if (end * kColumnsPerPanel < end_column) end_column = end * kColumnsPerPanel;
     Column columns[kMaxColumns];
-    for (int64_t at = first_column; at < last_column; at += step) {
-      const int64_t left = last_column - at;
+    for (int64_t at = first_column; at < end_column; at += step) {
+      const int64_t left = end_column - at;
       const int32_t count = left < step ? static_cast<int32_t>(left) : step;
       for (int32_t c = 0; c < count; ++c) {
         const int64_t column = at + c, panel = column / kColumnsPerPanel;
         const int64_t lane = column % kColumnsPerPanel * kLanes;
         columns[c] = {reinterpret_cast<const float*>(weight.panels) +
-                          panel * (padded / 2) * kPanelOutputs + lane,
+                          panel * num_pairs * kPanelOutputs + lane,
                       static_cast<int32_t>(column * kLanes)};
       }
       for (int32_t block = 0; block < num_blocks; ++block) {
