@@ -94,30 +94,47 @@ class Budget:
             return True
         return False
 
-    def choose(self, scores: Sequence[Sequence[float]]) -> int:
-        """Nodes per row, the root included, that make the most tokens per second; 1 is plain.
+    def choose(
+        self, scores: Sequence[Sequence[float]], *, finished: int = 0, pads: bool = True
+    ) -> list[int]:
+        """Nodes of each running row, the root included, that make the most tokens per second; 1 of
+        each is plain.
 
         Args:
             scores: for each running row, the probability of acceptance of its draft nodes, sorted
-                so that every prefix is a tree. Rows are padded to the longest, so all get one size.
+                so that every prefix is a tree.
+            finished: other rows of the batch.
+            pads: whether the pass pays for every row of the batch as for the largest tree. Nodes
+                then come level by level, otherwise one by one, the likeliest of all rows first.
         """
         self._has_chosen = True
-        batch = max(1, len(scores))
-        tokens = float(batch)
-        plain = best = tokens / self.cost(batch)
+        sizes = [1] * len(scores)
+        nodes = [(b, i, score) for b, row in enumerate(scores) for i, score in enumerate(row)]
+        if pads:
+            levels = range(max(map(len, scores), default=0))
+            steps = [[node for node in nodes if node[1] == level] for level in levels]
+        else:
+            steps = [[node] for node in sorted(nodes, key=lambda node: -node[2])]
+        rows = max(1, len(scores) + finished if pads else len(scores))
+        tokens = float(max(1, len(scores)))
+        plain = best = tokens / self.cost(rows)
         plain *= 1 + _MARGIN
-        size = 1
-        for extra in range(max((len(row) for row in scores), default=0)):
-            tokens += self._trust * sum(row[extra] for row in scores if extra < len(row))
-            rate = tokens / (self.cost(batch * (extra + 2)) + self._draft_cost)
+        num_steps = 0
+        for i, step in enumerate(steps, 1):
+            tokens += self._trust * sum(score for _, _, score in step)
+            computed = rows * (i + 1) if pads else rows + i
+            rate = tokens / (self.cost(computed) + self._draft_cost)
             if rate > max(best, plain):
-                best, size = rate, extra + 2
+                best, num_steps = rate, i
         self._rate = max(best, plain)
         self._promised *= _MEMORY
         self._accepted *= _MEMORY
-        self._promised += sum(sum(row[: size - 1]) for row in scores)
-        self._note_idle(size == 1)
-        return size
+        for step in steps[:num_steps]:
+            for row, _, score in step:
+                sizes[row] += 1
+                self._promised += score
+        self._note_idle(num_steps == 0)
+        return sizes
 
     def pays(self, tokens: float, seconds: float) -> bool:
         """Whether so many more accepted tokens are worth so much more draft time, at the speed that
@@ -128,8 +145,9 @@ class Budget:
     def record(
         self,
         *,
-        batch: int,
-        nodes: int,
+        running: int,
+        computed: int,
+        plain: int,
         num_accepted: int,
         forward_seconds: float,
         draft_seconds: float,
@@ -137,11 +155,12 @@ class Budget:
         """What the step did.
 
         Args:
-            batch, nodes: of the trees, padding included.
+            running: rows that had not ended.
+            computed, plain: tokens of the pass, padding included, and of one without drafts.
             num_accepted: draft tokens kept, of all rows.
             forward_seconds, draft_seconds: wall time; 0 of a step without drafting.
         """
-        cost = self.cost(max(1, batch * nodes))
+        cost = self.cost(max(1, computed))
         unit = forward_seconds / cost
         # the least of a slowly growing bound: other processes only ever make a pass longer
         self._unit = unit if self._unit is None else min(unit, self._unit * 1.05)
@@ -151,10 +170,10 @@ class Budget:
         if self._has_chosen:
             self._accepted += num_accepted
             self._trust = min(1.25, max(0.1, (self._accepted + 0.2) / (self._promised + 0.2)))
-        elif nodes > 1:
-            self._gain = _MEMORY * self._gain + (1 - _MEMORY) * num_accepted / batch
+        elif computed > plain:
+            self._gain = _MEMORY * self._gain + (1 - _MEMORY) * num_accepted / running
             rate = (1.0 + self._gain) / (cost + self._draft_cost)
-            self._note_idle(rate < (1.0 + _MARGIN) / self.cost(batch))
+            self._note_idle(rate < (1.0 + _MARGIN) / self.cost(plain))
 
     def _note_idle(self, is_idle: bool) -> None:
         if not is_idle:

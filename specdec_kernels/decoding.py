@@ -24,10 +24,19 @@ from .tree import DraftKind, Proposal, TokenTree, agreed
 
 
 class Target(Protocol):
-    """The large model, with its cache, as the loop sees it."""
+    """The large model, with its cache, as the loop sees it.
+
+    Attributes:
+        pads: whether a pass over trees of different sizes costs as many tokens as if all were as
+            large as the largest.
+    """
 
     device: torch.device
     vocab_size: int
+
+    @property
+    def pads(self) -> bool:
+        """See above."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Fill the cache with all prompt tokens; logits [B, V] of each last one."""
@@ -300,7 +309,14 @@ def _context(
     sequences = rows.sequences
     depths = [m - len(s) - 1 for m, s in zip(rows.max_lengths, sequences, strict=True)]
     return DraftContext(
-        sequences, rows.active, depths, target.device, target.vocab_size, sampling, budget
+        sequences,
+        rows.active,
+        depths,
+        target.device,
+        target.vocab_size,
+        sampling,
+        budget,
+        target.pads,
     )
 
 

@@ -18,6 +18,11 @@ FLAT = CostCurve((1, 64), (1.0, 1.0))
 STEEP = CostCurve((1, 64), (1.0, 64.0))
 
 
+def _record(budget: Budget, computed: int, *, num_accepted: int = 0, **seconds: float) -> None:
+    """Of a batch of one row."""
+    budget.record(running=1, computed=computed, plain=1, num_accepted=num_accepted, **seconds)
+
+
 def test_a_curve_is_linear_between_its_points_and_beyond() -> None:
     curve = CostCurve((1, 4, 8), (1.0, 4.0, 6.0))
     assert [curve(n) for n in (1, 2, 4, 6, 8, 12)] == [1.0, 2.0, 4.0, 5.0, 6.0, 8.0]
@@ -38,15 +43,28 @@ def test_the_size_is_the_one_with_the_most_tokens_per_second() -> None:
     for cost in (CONSERVATIVE, FLAT, STEEP, CostCurve((1, 3, 4, 9), (1.0, 1.1, 2.0, 3.0))):
         rates = {n: (1 + sum(scores[: n - 1])) / cost(n) for n in range(1, 8)}
         best = max(rates, key=rates.get)
-        assert Budget(cost).choose([scores]) == best
-    assert Budget(FLAT).choose([scores]) == 7 and Budget(STEEP).choose([scores]) == 1
-    assert Budget(FLAT).choose([[]]) == Budget(FLAT).choose([]) == 1
+        assert Budget(cost).choose([scores]) == [best]
+    assert Budget(FLAT).choose([scores]) == [7] and Budget(STEEP).choose([scores]) == [1]
+    assert Budget(FLAT).choose([[]]) == [1] and Budget(FLAT).choose([]) == []
 
 
 def test_padding_is_paid_for_every_row() -> None:
     cost = CostCurve((1, 2, 3, 64), (1.0, 1.2, 1.4, 14.0))
-    assert Budget(cost).choose([[0.9, 0.9]]) == 3
-    assert Budget(cost).choose([[0.9, 0.9], [], [], [], []]) == 1
+    assert Budget(cost).choose([[0.9, 0.9]]) == [3]
+    assert Budget(cost).choose([[0.9, 0.9], [], [], [], []]) == [1] * 5
+    assert Budget(cost).choose([[0.5]]) == [2]
+    assert Budget(cost).choose([[0.5]], finished=4) == [1]
+
+
+def test_without_padding_the_likeliest_nodes_of_all_rows_come_first() -> None:
+    cost = CostCurve((1, 2, 3, 64), (1.0, 1.2, 1.4, 13.6))  # 0.2 a token
+    rows = [[0.9, 0.9], [0.5, 0.1], [], [0.95]]
+    assert Budget(cost).choose(rows, pads=False) == [3, 1, 1, 2]
+    assert Budget(cost).choose(rows, pads=False, finished=60) == [3, 1, 1, 2]
+    assert Budget(FLAT).choose(rows, pads=False) == [3, 3, 1, 2]
+    assert Budget(cost).choose([[0.1]] * 4, pads=False) == [1] * 4
+    alone = [0.9, 0.8, 0.5, 0.3, 0.1, 0.05]
+    assert Budget(cost).choose([alone], pads=False) == Budget(cost).choose([alone])
 
 
 def test_promises_that_fail_are_trusted_less() -> None:
@@ -54,28 +72,28 @@ def test_promises_that_fail_are_trusted_less() -> None:
     first = budget.choose([[0.5, 0.4, 0.3, 0.2]])
     for _ in range(20):
         budget.choose([[0.5, 0.4, 0.3, 0.2]])
-        budget.record(batch=1, nodes=5, num_accepted=0, forward_seconds=0.02, draft_seconds=0.0001)
-    assert first > 1 == budget.choose([[0.5, 0.4, 0.3, 0.2]])
+        _record(budget, 5, forward_seconds=0.02, draft_seconds=0.0001)
+    assert first > [1] == budget.choose([[0.5, 0.4, 0.3, 0.2]])
 
 
 def test_a_slow_drafter_must_bring_more() -> None:
     budget = Budget(FLAT)
     for _ in range(60):
         budget.choose([[0.3]])
-        budget.record(batch=1, nodes=2, num_accepted=0, forward_seconds=0.02, draft_seconds=0.02)
+        _record(budget, 2, forward_seconds=0.02, draft_seconds=0.02)
         budget._promised = budget._accepted = 4.0  # trust aside
         budget._trust = 1.0
-    assert budget.choose([[0.3]]) == 1
+    assert budget.choose([[0.3]]) == [1]
 
 
 def test_it_rests_ever_longer_and_wakes_up_when_drafts_are_good() -> None:
     budget = Budget(CONSERVATIVE)
-    asked = [step for step in range(200) if not budget.rests() and budget.choose([[0.01]])]
+    asked = [step for step in range(200) if not budget.rests() and budget.choose([[0.01]]) == [1]]
     gaps = [b - a for a, b in itertools.pairwise(asked)]
     assert gaps[:4] == [1] * 4 and max(gaps) == gaps[-1] == 13
     while budget.rests():
         pass
-    assert budget.choose([[0.9, 0.9]]) == 3
+    assert budget.choose([[0.9, 0.9]]) == [3]
     assert not budget.rests()
 
 
@@ -85,9 +103,9 @@ def test_trees_that_it_does_not_size_are_left_out_while_they_do_not_pay() -> Non
         for _ in range(100):
             nodes = 1 if budget.rests() else 16
             count += nodes > 1
-            budget.record(
-                batch=1,
-                nodes=nodes,
+            _record(
+                budget,
+                nodes,
                 num_accepted=num_accepted * (nodes > 1),
                 forward_seconds=0.02 * CONSERVATIVE(nodes),
                 draft_seconds=0.001 * (nodes > 1),
@@ -223,5 +241,5 @@ def test_drafting_longer_pays_by_the_speed_that_was_promised() -> None:
     assert budget.pays(0.0, 1e9), "nothing was measured yet"
     budget.choose([[0.8]])  # 1.8 tokens in 1.5 units
     for _ in range(3):
-        budget.record(batch=1, nodes=1, num_accepted=0, forward_seconds=0.01, draft_seconds=0.0)
+        _record(budget, 1, forward_seconds=0.01, draft_seconds=0.0)
     assert budget.pays(0.6, 0.0049) and not budget.pays(0.6, 0.0051)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,9 +163,9 @@ class Generous(Budget):
         super().__init__()
         self.scores: list[Sequence[float]] = []
 
-    def choose(self, scores: Sequence[Sequence[float]]) -> int:
+    def choose(self, scores: Sequence[Sequence[float]], **options: Any) -> list[int]:
         self.scores += scores
-        return 16
+        return [16] * len(scores)
 
 
 def _context(text: Sequence[int], max_depth: int, budget: Budget | None = None) -> DraftContext:

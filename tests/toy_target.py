@@ -22,6 +22,8 @@ class ToyTarget:
         self.table += torch.randn(shape, generator=generator) * noise
         self.cached: list[list[int]] = []
 
+    pads = True
+
     def logits_after(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """[R, V] logits after each token list."""
         last = torch.tensor([t[-2:] for t in tokens], dtype=torch.int64).reshape(-1, 2)

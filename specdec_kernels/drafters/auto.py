@@ -191,16 +191,19 @@ class AutoDrafter(Drafter):
             ([], [], []) if root is None else self._grow(row, root, most)
             for row, root, most in zip(self._rows, roots, deepest, strict=True)
         ]
-        size = self.max_nodes
+        running = [b for b, on in enumerate(context.active) if on]
+        sizes = [self.max_nodes] * len(running)
         if context.budget is not None:
-            scores = [tree[2] for tree, on in zip(trees, context.active, strict=True) if on]
-            size = context.budget.choose(scores)
-        rows: list[tuple[list[int], list[int]]] = []
-        for (tokens, parents, _), sequence, on in zip(
-            trees, context.sequences, context.active, strict=True
-        ):
-            root = [sequence[-1]] if on else []
-            rows.append(([*root, *tokens[: size - 1]], [*[PAD] * len(root), *parents[: size - 1]]))
+            sizes = context.budget.choose(
+                [trees[b][2] for b in running],
+                finished=len(trees) - len(running),
+                pads=context.pads,
+            )
+        rows: list[tuple[list[int], list[int]]] = [([], []) for _ in trees]
+        for b, size in zip(running, sizes, strict=True):
+            tokens, parents, _ = trees[b]
+            root = context.sequences[b][-1]
+            rows[b] = ([root, *tokens[: size - 1]], [PAD, *parents[: size - 1]])
         return Proposal.onehot(rows, context.device)
 
     def observe(self, verified: Verified) -> None:

@@ -33,6 +33,7 @@ class DraftContext:
         sampling: the target's seeds and sampling parameters.
         budget: chooses the size of trees whose nodes have estimated probabilities; None leaves it
             to the drafter.
+        pads: whether the pass pays for every tree as for the largest.
     """
 
     sequences: Sequence[Sequence[int]]
@@ -42,6 +43,7 @@ class DraftContext:
     vocab_size: int
     sampling: SamplingParams
     budget: Budget | None = None
+    pads: bool = True
 
     def builder(self, offsets: Tensor | None = None) -> ProposalBuilder:
         """A new builder, whose draws use the target's seeds, temperature and filters.

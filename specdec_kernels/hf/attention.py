@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ..drafters.growth import spread
 from ..ops import tree_attention
 from .locality import FULL, Locality, attend_densely, attend_prompt, locality_of, mark_locality
+from .ragged import Ragged
 
 NAME = "specdec_tree"
 """Avoids the substrings (sdpa, flash, flex) that transformers dispatches on."""
@@ -63,6 +64,8 @@ class TreeCall:
     """Layers that read it; 0 after a forward pass means that the model attends by itself."""
     sources: Tensor | None = None
     places: Tensor | None = None
+    ragged: Ragged | None = None
+    """Where the layers compute the nodes of all rows as those of one."""
 
 
 @dataclass(slots=True)
@@ -98,6 +101,13 @@ def handing(call: Call) -> Iterator[None]:
 def current_call() -> Call | None:
     """What the attention layers read now."""
     return _call.get()
+
+
+def by_rows(computed: Tensor) -> Tensor:
+    """What a layer computed, [B, N, ...], also in a pass over the nodes of all rows as one."""
+    call = _call.get()
+    ragged = call.ragged if isinstance(call, TreeCall) else None
+    return computed if ragged is None else ragged.split(computed)
 
 
 def replace_call(call: TreeCall) -> None:
@@ -229,8 +239,12 @@ def attend_tree(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The attention of a layer, by its index, to the tree of a call: [B, H, N, E]."""
+    """The attention of a layer, by its index, to the tree of a call: [B, H, N, E], of a query
+    [B, H, N, D] and the keys and values of the cache.
+    """
     call.num_layers += 1
+    if call.ragged is not None:
+        query = call.ragged.split(query.transpose(1, 2)).transpose(1, 2)
     if call.sources is not None:
         query = spread(query, call.sources)
     locality = FULL if layer is None else call.localities.by_layer[layer]
@@ -252,6 +266,8 @@ def attend_tree(
             softcap=softcap,
             sinks=sinks,
         )
+    if call.ragged is not None:
+        out = call.ragged.join(out.transpose(1, 2)).transpose(1, 2)
     return out if call.places is None else spread(out, call.places)
 
 

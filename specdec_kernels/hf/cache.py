@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..ops import commit, write_kv
-from .attention import Localities
+from .attention import Localities, by_rows
 
 CACHE_KEYWORDS = ("cache", "past_key_values")
 """How transformers calls a model's cache: since 5.24, and before."""
@@ -199,7 +199,10 @@ class TreeCacheLayer(CacheLayerMixin):
             self.values[:, :, :new] = value_states
             return key_states, value_states
         starts = cache.lengths if cache.starts is None else cache.starts
-        write_kv(key_states, value_states, self.keys, self.values, starts, cache.num_nodes)
+        new_keys, new_values = (
+            by_rows(x.transpose(1, 2)).transpose(1, 2) for x in (key_states, value_states)
+        )
+        write_kv(new_keys, new_values, self.keys, self.values, starts, cache.num_nodes)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import by_rows
 from .target import HFTarget
 
 
@@ -86,6 +87,8 @@ class HFTargetView:
 class _Features:
     """A `FeatureQueue` that hooks fill; also a `target.Watcher`."""
 
+    wants_rows = False
+
     def __init__(self, num_layers: int, only_last: bool, empty: Tensor) -> None:
         self.empty = empty
         self.wants_all = not only_last
@@ -97,13 +100,13 @@ class _Features:
         """Keeps the input of a layer."""
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._parts[part] = args[0] if args else kwargs["hidden_states"]
+            self._parts[part] = by_rows(args[0] if args else kwargs["hidden_states"])
 
         return keep
 
     def last_hook(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keeps the output of the decoder."""
-        self._parts[0] = output[0]
+        self._parts[0] = by_rows(output[0])
 
     def prefilled(self, lengths: Sequence[int]) -> None:
         """See `Watcher`."""

@@ -52,6 +52,7 @@ class SpeculativeStreams(TrainedHeads):
     sees_newest = True
     uses_target_rows = True
     wants_all = False
+    wants_rows = True
 
     def __init__(self, checkpoint: Checkpoint | str | Path) -> None:
         if not isinstance(checkpoint, Checkpoint):

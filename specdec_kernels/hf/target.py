@@ -15,6 +15,7 @@ from ..tree import TokenTree, pad_rows
 from .attention import TreeCall, handing, ignores_attention
 from .cache import TreeCache, cache_keyword
 from .compiled import Backend, CompiledStep, pad_tree
+from .ragged import Ragged
 
 
 class Watcher(Protocol):
@@ -22,9 +23,11 @@ class Watcher(Protocol):
 
     Attributes:
         wants_all: every token's pass, also of those that a cache holds already.
+        wants_rows: passes over trees [B, N], padding included.
     """
 
     wants_all: bool
+    wants_rows: bool
 
     def prefilled(self, lengths: Sequence[int]) -> None:
         """So many tokens of each row's prompt are, packed to the left. 0 of each where a cache is
@@ -70,6 +73,14 @@ class HFTarget:
     def is_compiled(self) -> bool:
         """Whether tree steps run under `torch.compile`."""
         return self._step is not None
+
+    @property
+    def pads(self) -> bool:
+        """See `decoding.Target`. On a GPU a pass is not worth less for a few tokens, and to count
+        them would have to wait for it.
+        """
+        wants_rows = any(watcher.wants_rows for watcher in self.watchers)
+        return self.is_compiled or self.device.type != "cpu" or wants_rows
 
     @property
     def cache(self) -> TreeCache:
@@ -145,14 +156,21 @@ class HFTarget:
         assert cache.lengths is not None
         cache.num_nodes = tree.num_nodes
         ancestors, depths = tree_mask(tree.parents, tree.num_nodes)
-        call = TreeCall(ancestors, depths, cache.lengths, tree.num_nodes, cache.localities)
+        tokens, positions = tree.tokens, (cache.lengths[:, None] + depths).long()
+        may_join = not self.pads and not options
+        ragged = Ragged.of(tree.num_nodes, tokens.shape[1]) if may_join else None
+        if ragged is not None:
+            tokens, positions = ragged.join(tokens), ragged.join(positions)
+        call = TreeCall(
+            ancestors, depths, cache.lengths, tree.num_nodes, cache.localities, ragged=ragged
+        )
         # A 4-D mask keeps transformers from making its own; the attention reads `call` instead.
-        no_mask = torch.empty((len(tree.tokens), 1, 1, 0), dtype=torch.bool, device=self.device)
+        no_mask = torch.empty((len(tokens), 1, 1, 0), dtype=torch.bool, device=self.device)
         with handing(call):
             out = self.model(
-                input_ids=tree.tokens,
+                input_ids=tokens,
                 attention_mask=no_mask,
-                position_ids=(cache.lengths[:, None] + depths).long(),
+                position_ids=positions,
                 use_cache=True,
                 **{cache_keyword(self.model): cache},
                 **options,
@@ -160,4 +178,4 @@ class HFTarget:
         if call.num_layers == 0:
             raise ValueError(ignores_attention(type(self.model).__name__))
         logits: Tensor = out.logits
-        return logits
+        return logits if ragged is None else ragged.split(logits)

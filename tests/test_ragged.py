@@ -1,0 +1,87 @@
+"""Trees of different sizes in one pass: what the layers compute, and that nobody else notices."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from torch import Tensor
+
+from specdec_kernels.hf.attention import tree_attention_in
+from specdec_kernels.hf.features import HFTargetView
+from specdec_kernels.hf.fusing import fast_layers
+from specdec_kernels.hf.ragged import Ragged
+from specdec_kernels.hf.target import HFTarget
+from specdec_kernels.shapes import PAD
+from specdec_kernels.tree import TokenTree
+
+PROMPTS = [[5, 6, 7], [8, 9], [1, 2, 3, 4], [11]]
+TREES = [([7, 1, 2, 3], [PAD, 0, 0, 1]), ([9], [PAD]), ([], []), ([11, 4], [PAD, 0])]
+LATER = [([2, 5], [PAD, 0]), ([3, 4, 5], [PAD, 0, 0]), ([], []), ([4], [PAD])]
+
+
+def test_joined_rows_come_apart_again() -> None:
+    ragged = Ragged.of(torch.tensor([2, 0, 3], dtype=torch.int32), 3)
+    assert ragged is not None
+    rows = torch.arange(18).view(3, 3, 2)
+    joined = ragged.join(rows)
+    assert joined[0, :, 0].tolist() == [0, 2, 12, 14, 16]
+    for row, size in ((0, 2), (2, 3)):
+        assert torch.equal(ragged.split(joined)[row, :size], rows[row, :size])
+    assert Ragged.of(torch.tensor([3, 3], dtype=torch.int32), 3) is None
+
+
+class _Pads(HFTarget):
+    pads = True
+
+
+def _passes(model: Any, kind: type[HFTarget]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    """Logits and features of the real nodes in two steps, and the shapes that the layers saw."""
+    logits: list[Tensor] = []
+    features: list[Tensor] = []
+    shapes: list[Any] = []
+    target = kind(model, 20)
+    view = HFTargetView(target)
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(tree_attention_in(model))
+        stack.enter_context(fast_layers(model))
+        hook = model.model.norm.register_forward_hook(
+            lambda *x: shapes.append(tuple(x[1][0].shape))
+        )
+        stack.callback(hook.remove)
+        queue = stack.enter_context(view.watch([1]))
+        last = stack.enter_context(view.watch(only_last=True))
+        target.prefill(PROMPTS)
+        features += [*queue.take(), *last.take()]
+        for trees, kept in ((TREES, [2, 1, 0, 1]), (LATER, [2, 2, 0, 1])):
+            scores = target.forward(TokenTree.from_rows(trees))
+            logits += [scores[b, : len(tokens)] for b, (tokens, _) in enumerate(trees)]
+            path = torch.tensor([[0, 1, 0, 0]] * 4, dtype=torch.int32)[:, : scores.shape[1]]
+            target.commit(path.contiguous(), torch.tensor(kept, dtype=torch.int32))
+            features += [*queue.take(), *last.take()]
+    return logits, features, [shape[:2] for shape in shapes[1:]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_computes_no_padding_and_its_rows_what_they_would_alone(dtype: torch.dtype) -> None:
+    model = make_tiny_model().to(dtype).requires_grad_(False)
+    padded, joined = _passes(model, _Pads), _passes(model, HFTarget)
+    assert padded[2] == [(4, 4), (4, 3)] and joined[2] == [(1, 7), (1, 6)]
+    exact = 1e-5 if dtype == torch.float32 else 0.05
+    for ours, own in zip([*joined[0], *joined[1]], [*padded[0], *padded[1]], strict=True):
+        torch.testing.assert_close(ours, own, rtol=exact, atol=exact)
+
+
+def test_who_wants_rows_gets_padding() -> None:
+    target = HFTarget(make_tiny_model(), 20)
+    assert not target.pads
+
+    class Watcher:
+        wants_all, wants_rows = False, True
+
+    target.watchers.append(Watcher())  # type: ignore[arg-type]
+    assert target.pads
+    assert HFTarget(make_tiny_model(), 64, compile="eager").pads
