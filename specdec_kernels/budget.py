@@ -136,6 +136,30 @@ class Budget:
         self._note_idle(num_steps == 0)
         return sizes
 
+    def least_score(self, running: int, *, pads: bool = False) -> float:
+        """What a draft node must promise: `choose` takes none below it, whatever the others do.
+
+        Args:
+            running: rows that `choose` will see.
+            pads: as there, with more rows than one.
+
+        The n-th node is taken only if it raises the rate, q > R dT with q what is expected of it,
+        T the time of the pass and of drafting before it, and R = (rows + the n - 1 likelier
+        nodes) / T at least (rows + (n - 1) q) / T: so if q (T - (n - 1) dT) > rows dT. Between two
+        points of the curve this is the same for all n.
+        """
+        if pads:
+            return 0.0
+        rows = max(1, running)
+        least = math.inf
+        for tokens in (rows, *(n for n in self.cost.nodes if n > rows)):
+            before = self.cost(tokens)
+            step = self.cost(tokens + 1) - before
+            rest = before + self._draft_cost - (tokens - rows) * step
+            if rest > 0:  # otherwise no node is worth it
+                least = min(least, rows * step / rest)
+        return max(0.0, least / self._trust)
+
     def pays(self, tokens: float, seconds: float) -> bool:
         """Whether so many more accepted tokens are worth so much more draft time, at the speed that
         the last choice promised.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 from byte_model import save_byte_model
@@ -65,6 +66,40 @@ def test_without_padding_the_likeliest_nodes_of_all_rows_come_first() -> None:
     assert Budget(cost).choose([[0.1]] * 4, pads=False) == [1] * 4
     alone = [0.9, 0.8, 0.5, 0.3, 0.1, 0.05]
     assert Budget(cost).choose([alone], pads=False) == Budget(cost).choose([alone])
+
+
+def test_no_node_below_the_least_score_is_chosen() -> None:
+    """Whatever the curve, what drafting costs, and how far promises are trusted."""
+    random = Random(0)
+    dropped = 0
+    for _ in range(400):
+        points = sorted(random.sample(range(2, 40), 3))
+        seconds = [random.uniform(0.5, 2.0)]
+        for a, b in itertools.pairwise((1, *points)):
+            seconds.append(seconds[-1] + (b - a) * random.choice([0.0, 0.01, 0.05, 0.2, 1.0]))
+        curve = CostCurve((1, *points), tuple(seconds))
+        batch = random.choice([1, 1, 2, 5])
+        rows = [
+            sorted((random.random() ** 2 for _ in range(random.randrange(20))), reverse=True)
+            for _ in range(batch)
+        ]
+        trust, draft = random.choice([0.3, 1.0, 1.25]), random.choice([0.0, 0.1, 1.0])
+
+        def budget(curve=curve, trust=trust, draft=draft) -> Budget:
+            made = Budget(curve)
+            made._trust, made._draft_cost = trust, draft
+            return made
+
+        least = budget().least_score(batch)
+        some = [[score for score in row if score >= least] for row in rows]
+        dropped += sum(map(len, rows)) - sum(map(len, some))
+        assert budget().choose(rows, pads=False) == budget().choose(some, pads=False)
+    assert dropped > 500
+    assert Budget(FLAT).least_score(1) == Budget(STEEP).least_score(8, pads=True) == 0
+    assert Budget(STEEP).least_score(8) == pytest.approx(1.0)
+    linear = CostCurve((1, 64), (1.0, 2.0))  # here nodes of little more are all taken
+    least = Budget(linear).least_score(1)
+    assert Budget(linear).choose([[1.1 * least] * 40], pads=False) == [41]
 
 
 def test_promises_that_fail_are_trusted_less() -> None:

@@ -312,6 +312,28 @@ class Stingy(Generous):
         return self.num_paid >= 0
 
 
+class Thorough(Budget):
+    """Looks at every node."""
+
+    def least_score(self, running: int, *, pads: bool = False) -> float:
+        return 0.0
+
+
+def test_nodes_that_cannot_be_worth_it_are_not_looked_at() -> None:
+    """The tree is the same."""
+    text = [i * i % 23 for i in range(80)]
+    trees, looked_at = [], []
+    for kind in (Budget, Thorough):
+        drafter = AutoDrafter(32, heads=None)
+        drafter.begin(1)
+        trees.append([])
+        for end in range(10, len(text), 7):
+            trees[-1].append(drafter.propose(_context(text[:end], 20, kind())).tree.tokens.tolist())
+        looked_at.append(len(drafter.rates))
+    assert trees[0] == trees[1] and max(len(tree[0]) for tree in trees[0]) > 3
+    assert looked_at[0] < looked_at[1]
+
+
 @pytest.mark.parametrize("num_paid", [0, 1, 2, 9])
 def test_heads_are_asked_while_the_budget_pays(num_paid: int) -> None:
     text = list(range(40))

@@ -20,7 +20,7 @@ from .shipped import shipped_folder_for
 
 SOURCES = ("text", "history", "successors")
 _LEAST_LEFT = 0.01
-"""Candidates of a node end where so little probability is left for others."""
+"""Candidates of a node end at the latest where so little probability is left for others."""
 
 _ADVANTAGE = 0.3
 """How much likelier the next token is guessed at a node that heads have judged."""
@@ -139,6 +139,7 @@ class AutoDrafter(Drafter):
             self._adviser = Adviser(heads, *self._heads_size)
         self._chain = self._order_of_asking()
         self._rows: list[_Row] = []
+        self._least = min_probability  # of a node in this step
 
     def __str__(self) -> str:
         name = super().__str__()
@@ -185,13 +186,18 @@ class AutoDrafter(Drafter):
             last = tuple(sequence[-self.orders[0] :])
             roots.append(_Node(sequence[-1], last) if active else None)
         deepest = [min(most, self.max_depth) for most in context.max_depths]
+        running = [b for b, on in enumerate(context.active) if on]
+        self._least = self.min_probability
+        if context.budget is not None:
+            pads = context.pads and len(roots) > 1
+            useful = context.budget.least_score(len(running), pads=pads)
+            self._least = max(self._least, useful)
         if self._adviser is not None:
             self._ask(self._adviser, context, roots, deepest)
         trees = [
             ([], [], []) if root is None else self._grow(row, root, most)
             for row, root, most in zip(self._rows, roots, deepest, strict=True)
         ]
-        running = [b for b, on in enumerate(context.active) if on]
         sizes = [self.max_nodes] * len(running)
         if context.budget is not None:
             sizes = context.budget.choose(
@@ -311,28 +317,35 @@ class AutoDrafter(Drafter):
             place = len(tokens)
 
     def _children(self, row: _Row, node: _Node) -> list[_Node]:
-        """Of the node, estimated at the first call."""
+        """Of the node, estimated at the first call, those that may be worth verifying."""
         if node.candidates is None:
-            node.candidates = self._candidates(row, node.last, node.advice)
+            enough = max(_LEAST_LEFT, self._least / node.score)
+            node.candidates = self._candidates(row, node.last, node.advice, enough)
             before = node.last[1:] if len(node.last) >= self.orders[0] else node.last
             for token, probability, _ in node.candidates:
                 score = node.score * probability
-                if score >= self.min_probability:
+                if score >= self._least:
                     last = (*before, token)
                     node.children.append(_Node(token, last, node.depth + 1, score, node.number))
         return node.children
 
     def _candidates(
-        self, row: _Row, last: tuple[int, ...], advice: Advice | None
+        self,
+        row: _Row,
+        last: tuple[int, ...],
+        advice: Advice | None,
+        enough: float = _LEAST_LEFT,
     ) -> list[Candidate]:
-        """What may follow the last tokens, in the order of asking."""
+        """What may follow the last tokens, in the order of asking, while so much probability is
+        left.
+        """
         found: list[Candidate] = []
         seen: set[int] = set()
         left, refuted = 1.0, 0.0
 
         def add(token: int, kind: tuple[Hashable, ...], prior: float) -> None:
             nonlocal left, refuted
-            if token in seen:
+            if token in seen or left < enough:
                 return
             if advice is not None:  # wrong only if both are
                 share = advice.share(token, refuted)
@@ -345,7 +358,7 @@ class AutoDrafter(Drafter):
             left *= 1.0 - probability
 
         for source, order in self._chain:
-            if left < _LEAST_LEFT:
+            if left < enough:
                 break
             if order > len(last):
                 continue

@@ -64,8 +64,6 @@ class TreeCall:
     """Layers that read it; 0 after a forward pass means that the model attends by itself."""
     sources: Tensor | None = None
     places: Tensor | None = None
-    ragged: Ragged | None = None
-    """Where the layers compute the nodes of all rows as those of one."""
 
 
 @dataclass(slots=True)
@@ -83,19 +81,24 @@ class Rehearsal:
 Call = TreeCall | Localities | Rehearsal
 
 _call: ContextVar[Call | None] = ContextVar("specdec_call", default=None)
+_ragged: ContextVar[Ragged | None] = ContextVar("specdec_ragged", default=None)
 
 
 @contextmanager
-def handing(call: Call) -> Iterator[None]:
+def handing(call: Call, ragged: Ragged | None = None) -> Iterator[None]:
     """Hand a tree, or the record that a prefill fills, to the attention layers.
 
     Not as a keyword of the model: some models drop the keywords of their attention layers.
+
+    Args:
+        ragged: given where the model computes the tokens of all rows as those of one.
     """
-    token = _call.set(call)
+    tokens = _call.set(call), _ragged.set(ragged)
     try:
         yield
     finally:
-        _call.reset(token)
+        _call.reset(tokens[0])
+        _ragged.reset(tokens[1])
 
 
 def current_call() -> Call | None:
@@ -104,10 +107,20 @@ def current_call() -> Call | None:
 
 
 def by_rows(computed: Tensor) -> Tensor:
-    """What a layer computed, [B, N, ...], also in a pass over the nodes of all rows as one."""
-    call = _call.get()
-    ragged = call.ragged if isinstance(call, TreeCall) else None
+    """What a layer computed, [B, N, ...], also in a pass over the tokens of all rows as one."""
+    ragged = _ragged.get()
     return computed if ragged is None else ragged.split(computed)
+
+
+def heads_by_rows(computed: Tensor) -> Tensor:
+    """`by_rows` of [B, H, N, D]."""
+    return by_rows(computed.transpose(1, 2)).transpose(1, 2)
+
+
+def _joined(attended: Tensor) -> Tensor:
+    """[B, N, H, E], or what the layers make of it in a pass over the tokens of all rows as one."""
+    ragged = _ragged.get()
+    return attended if ragged is None else ragged.join(attended)
 
 
 def replace_call(call: TreeCall) -> None:
@@ -225,7 +238,8 @@ def attend(
         call.by_layer[layer] = locality
     elif locality != FULL:
         raise ValueError(f"{type(module).__name__}: local attention in a layer without layer_idx")
-    return attend_prompt(query, key, value, locality, **options), None
+    query = heads_by_rows(query)
+    return _joined(attend_prompt(query, key, value, locality, **options)), None
 
 
 def attend_tree(
@@ -243,8 +257,7 @@ def attend_tree(
     [B, H, N, D] and the keys and values of the cache.
     """
     call.num_layers += 1
-    if call.ragged is not None:
-        query = call.ragged.split(query.transpose(1, 2)).transpose(1, 2)
+    query = heads_by_rows(query)
     if call.sources is not None:
         query = spread(query, call.sources)
     locality = FULL if layer is None else call.localities.by_layer[layer]
@@ -266,8 +279,7 @@ def attend_tree(
             softcap=softcap,
             sinks=sinks,
         )
-    if call.ragged is not None:
-        out = call.ragged.join(out.transpose(1, 2)).transpose(1, 2)
+    out = _joined(out.transpose(1, 2)).transpose(1, 2)
     return out if call.places is None else spread(out, call.places)
 
 

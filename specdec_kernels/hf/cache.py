@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..ops import commit, write_kv
-from .attention import Localities, by_rows
+from .attention import Localities, heads_by_rows
 
 CACHE_KEYWORDS = ("cache", "past_key_values")
 """How transformers calls a model's cache: since 5.24, and before."""
@@ -191,6 +191,7 @@ class TreeCacheLayer(CacheLayerMixin):
                 "the cache of a speculative output holds rows of different lengths: pass it to "
                 "speculative decoding, or none to other loops"
             )
+        key_states, value_states = heads_by_rows(key_states), heads_by_rows(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if cache.num_nodes is None:
@@ -199,10 +200,7 @@ class TreeCacheLayer(CacheLayerMixin):
             self.values[:, :, :new] = value_states
             return key_states, value_states
         starts = cache.lengths if cache.starts is None else cache.starts
-        new_keys, new_values = (
-            by_rows(x.transpose(1, 2)).transpose(1, 2) for x in (key_states, value_states)
-        )
-        write_kv(new_keys, new_values, self.keys, self.values, starts, cache.num_nodes)
+        write_kv(key_states, value_states, self.keys, self.values, starts, cache.num_nodes)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

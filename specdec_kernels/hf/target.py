@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..ops import tree_mask
 from ..shapes import PAD
 from ..tree import TokenTree, pad_rows
-from .attention import TreeCall, handing, ignores_attention
+from .attention import Localities, TreeCall, handing, ignores_attention
 from .cache import TreeCache, cache_keyword
 from .compiled import Backend, CompiledStep, pad_tree
 from .ragged import Ragged
@@ -101,21 +101,14 @@ class HFTarget:
         if any(shared) and not any(watcher.wants_all for watcher in self.watchers):
             return self._continue(prompts, shared)
         lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=self.device)
-        width = int(lengths.max())
+        tokens = pad_rows(prompts, torch.int64, self.device)
+        # some models view it as one row
+        positions = torch.arange(tokens.shape[1], device=self.device).repeat(len(prompts), 1)
         cache.num_nodes = None
-        with handing(cache.localities):
-            out = self.model(
-                input_ids=pad_rows(prompts, torch.int64, self.device),
-                # some models view it as one row
-                position_ids=torch.arange(width, device=self.device).repeat(len(prompts), 1),
-                use_cache=True,
-                logits_to_keep=(lengths.long() - 1)[:, None],
-                **{cache_keyword(self.model): cache},
-            )
+        logits = self._run(cache.localities, tokens, positions, lengths, only_last=True)
         cache.start(lengths)
         for watcher in self.watchers:
             watcher.prefilled([len(p) for p in prompts])
-        logits: Tensor = out.logits
         return logits[:, 0]
 
     def forward(self, tree: TokenTree) -> Tensor:
@@ -144,38 +137,56 @@ class HFTarget:
             pad_rows([range(PAD, len(n) - 1) for n in new], torch.int32, self.device, PAD),
             torch.tensor([len(n) for n in new], dtype=torch.int32, device=self.device),
         )
-        logits = self._score(tree, logits_to_keep=(tree.num_nodes.long() - 1)[:, None])
+        logits = self._score(tree, only_last=True)
         for watcher in self.watchers:
             watcher.prefilled([0] * len(prompts))
         path = torch.arange(tree.tokens.shape[1], dtype=torch.int32, device=self.device)
         self.commit(path.expand(len(prompts), -1).contiguous(), tree.num_nodes)
         return logits[:, 0]
 
-    def _score(self, tree: TokenTree, **options: Any) -> Tensor:
+    def _score(self, tree: TokenTree, *, only_last: bool = False) -> Tensor:
         cache = self.cache
         assert cache.lengths is not None
         cache.num_nodes = tree.num_nodes
         ancestors, depths = tree_mask(tree.parents, tree.num_nodes)
-        tokens, positions = tree.tokens, (cache.lengths[:, None] + depths).long()
-        may_join = not self.pads and not options
-        ragged = Ragged.of(tree.num_nodes, tokens.shape[1]) if may_join else None
-        if ragged is not None:
-            tokens, positions = ragged.join(tokens), ragged.join(positions)
-        call = TreeCall(
-            ancestors, depths, cache.lengths, tree.num_nodes, cache.localities, ragged=ragged
-        )
-        # A 4-D mask keeps transformers from making its own; the attention reads `call` instead.
-        no_mask = torch.empty((len(tokens), 1, 1, 0), dtype=torch.bool, device=self.device)
-        with handing(call):
-            out = self.model(
-                input_ids=tokens,
-                attention_mask=no_mask,
-                position_ids=positions,
-                use_cache=True,
-                **{cache_keyword(self.model): cache},
-                **options,
-            )
+        positions = (cache.lengths[:, None] + depths).long()
+        call = TreeCall(ancestors, depths, cache.lengths, tree.num_nodes, cache.localities)
+        logits = self._run(call, tree.tokens, positions, tree.num_nodes, only_last=only_last)
         if call.num_layers == 0:
             raise ValueError(ignores_attention(type(self.model).__name__))
+        return logits
+
+    def _run(
+        self,
+        call: TreeCall | Localities,
+        tokens: Tensor,
+        positions: Tensor,
+        sizes: Tensor,
+        *,
+        only_last: bool,
+    ) -> Tensor:
+        """Logits [B, N, V] of tokens [B, N], so many of each row, or [B, 1, V] of each last one."""
+        ragged = None if self.pads else Ragged.of(sizes, tokens.shape[1])
+        options: dict[str, Any] = {}
+        if only_last:
+            last = (sizes.long() - 1)[:, None]
+            options["logits_to_keep"] = last if ragged is None else ragged.places.gather(1, last).T
+        if ragged is not None:
+            tokens, positions = ragged.join(tokens), ragged.join(positions)
+        if isinstance(call, TreeCall):
+            # A 4-D mask keeps transformers from making its own; the attention reads `call` instead.
+            options["attention_mask"] = torch.empty(
+                (len(tokens), 1, 1, 0), dtype=torch.bool, device=self.device
+            )
+        with handing(call, ragged):
+            out = self.model(
+                input_ids=tokens,
+                position_ids=positions,
+                use_cache=True,
+                **{cache_keyword(self.model): self.cache},
+                **options,
+            )
         logits: Tensor = out.logits
+        if only_last:
+            return logits.view(len(sizes), 1, -1)
         return logits if ragged is None else ragged.split(logits)
