@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import make_tiny_model
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 from specdec_kernels.hf.attention import tree_attention_in
+from specdec_kernels.hf.cache import TreeCache
 from specdec_kernels.hf.features import HFTargetView
 from specdec_kernels.hf.fusing import fast_layers
 from specdec_kernels.hf.ragged import Ragged
@@ -39,7 +41,9 @@ class _Pads(HFTarget):
 
 
 def _passes(model: Any, kind: type[HFTarget]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    """Logits and features of the real nodes in two steps, and the shapes that the layers saw."""
+    """Logits and features of the real tokens in a prefill and two steps, and the shapes that the
+    layers saw.
+    """
     logits: list[Tensor] = []
     features: list[Tensor] = []
     shapes: list[Any] = []
@@ -54,7 +58,7 @@ def _passes(model: Any, kind: type[HFTarget]) -> tuple[list[Tensor], list[Tensor
         stack.callback(hook.remove)
         queue = stack.enter_context(view.watch([1]))
         last = stack.enter_context(view.watch(only_last=True))
-        target.prefill(PROMPTS)
+        logits += target.prefill(PROMPTS)
         features += [*queue.take(), *last.take()]
         for trees, kept in ((TREES, [2, 1, 0, 1]), (LATER, [2, 2, 0, 1])):
             scores = target.forward(TokenTree.from_rows(trees))
@@ -62,17 +66,44 @@ def _passes(model: Any, kind: type[HFTarget]) -> tuple[list[Tensor], list[Tensor
             path = torch.tensor([[0, 1, 0, 0]] * 4, dtype=torch.int32)[:, : scores.shape[1]]
             target.commit(path.contiguous(), torch.tensor(kept, dtype=torch.int32))
             features += [*queue.take(), *last.take()]
-    return logits, features, [shape[:2] for shape in shapes[1:]]
+    return logits, features, [shape[:2] for shape in shapes]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pass_computes_no_padding_and_its_rows_what_they_would_alone(dtype: torch.dtype) -> None:
     model = make_tiny_model().to(dtype).requires_grad_(False)
     padded, joined = _passes(model, _Pads), _passes(model, HFTarget)
-    assert padded[2] == [(4, 4), (4, 3)] and joined[2] == [(1, 7), (1, 6)]
+    assert padded[2] == [(4, 4), (4, 4), (4, 3)] and joined[2] == [(1, 10), (1, 7), (1, 6)]
     exact = 1e-5 if dtype == torch.float32 else 0.05
     for ours, own in zip([*joined[0], *joined[1]], [*padded[0], *padded[1]], strict=True):
         torch.testing.assert_close(ours, own, rtol=exact, atol=exact)
+
+
+_SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+          "num_attention_heads", "num_key_value_heads", "initializer_range"}  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@torch.no_grad()
+def test_a_cache_is_continued_without_padding(window: int | None) -> None:
+    """Rows go on from what the cache holds of them, each by another number of tokens."""
+    model = make_tiny_model()
+    if window is not None:
+        sizes = {k: v for k, v in model.config.to_dict().items() if k in _SIZES}
+        model = MistralForCausalLM(MistralConfig(sliding_window=window, **sizes)).eval()
+    longer = [[*PROMPTS[0], 1, 2, 3, 4, 5, 6, 7], [8, 9, 3], [*PROMPTS[2], 5], [11, 12, 13]]
+    for prompts in (PROMPTS, longer):
+        rows = [model(torch.tensor([row])).logits[0, -1] for row in prompts]
+        fresh = HFTarget(model, 20)
+        with tree_attention_in(model):
+            torch.testing.assert_close(fresh.prefill(prompts), torch.stack(rows), rtol=0, atol=5e-5)
+    cache = TreeCache(model, 4)
+    with tree_attention_in(model):
+        for prompts in (PROMPTS, longer):
+            logits = HFTarget(model, 20, cache).prefill(prompts)
+            cache.hold(prompts)
+            cache.is_in_use = True
+    torch.testing.assert_close(logits, torch.stack(rows), rtol=0, atol=5e-5)
 
 
 def test_who_wants_rows_gets_padding() -> None:

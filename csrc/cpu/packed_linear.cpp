@@ -1,11 +1,12 @@
 // A few rows times bfloat16 weights that lie in panels of 16 outputs, two features side by side:
 // one 32-bit lane is a pair of weights of one output, widened by a shift and a mask.
 //
-// A task owns some panels and all rows, so that every weight comes from memory once. It goes
-// through them in groups of register columns (kLanes outputs each), and through each group once for
-// every block of rows, while it prefetches the next group. Products accumulate in float over all
-// features in order: a row's result does not depend on the other rows, nor on the number of
-// threads. Bytes moved: the panels.
+// A task owns some panels and all rows, so that every weight of few rows comes from memory once; of
+// more rows than its cache holds, a task takes as many as that at a time. It goes through its
+// panels in groups of register columns (kLanes outputs each), and through each group once for every
+// block of rows, while it prefetches the next group. Products accumulate in float over all features
+// in order: a row's result does not depend on the other rows, nor on the number of threads. Bytes
+// moved: the panels.
 #include "packed_linear.hpp"
 
 #include "parallel.hpp"
@@ -26,6 +27,8 @@ constexpr int kAccumulators = 8, kMaxColumns = 2;
 #endif
 constexpr int kBlockRows = kAccumulators / 2;  // so that a load of x serves two columns
 constexpr int64_t kPairBytes = kPanelOutputs * 4, kNearAhead = 1024;
+constexpr int64_t kRowsBytes = 262144;       // of rows as floats that stay in a core's cache
+constexpr int64_t kWidenedByThread = 32768;  // values of rows that are worth a thread
 
 // As many as there are accumulators for, in whole panels if that is one or more.
 constexpr int columns_for(int rows) {
@@ -156,30 +159,38 @@ void multiply_packed(const PackedRows& input, const PackedWeight* weights, int n
   int64_t num_panels = 0;
   for (int i = 0; i < num_weights; ++i) num_panels += panels_of(weights[i]);
   if (input.rows == 0 || num_panels == 0) return;
-  thread_local Scratch<float> scratch;
-  const int64_t padded = (int64_t{input.features} + 1) / 2 * 2;
-  float* x = scratch.reserve(padded * input.rows + kLanes);
   // Blocks of about equal size: 17 rows are 9 and 8.
   const int32_t num_blocks = (input.rows + kBlockRows - 1) / kBlockRows;
   const auto block_begin = [&](int32_t block) {
     return static_cast<int32_t>(int64_t{input.rows} * block / num_blocks);
   };
-  for (int32_t block = 0; block < num_blocks; ++block) {
-    const int32_t begin = block_begin(block), end = block_begin(block + 1);
-    widen(input, begin, end - begin, x + padded * begin);
-  }
+  thread_local Scratch<float> scratch;
+  const int64_t padded = (int64_t{input.features} + 1) / 2 * 2;
+  float* x = scratch.reserve(padded * input.rows + int64_t{num_blocks} * kLanes);
+  const auto rows_of = [&](int32_t block) {
+    return x + padded * block_begin(block) + int64_t{block} * kLanes;
+  };
+  parallel_for(num_blocks, 1 + kWidenedByThread / (padded * kBlockRows + 1),
+               [&](int64_t first, int64_t last) {
+                 for (auto block = static_cast<int32_t>(first); block < last; ++block) {
+                   const int32_t begin = block_begin(block);
+                   widen(input, begin, block_begin(block + 1) - begin, rows_of(block));
+                 }
+               });
   const int64_t num_pairs = padded / 2, panel_bytes = num_pairs * kPairBytes;
+  const auto num_near = static_cast<int32_t>(1 + kRowsBytes / (padded * kBlockRows * 4 + 1));
   const int32_t step = columns_for((input.rows + num_blocks - 1) / num_blocks);
   const int64_t group_bytes = (step + kColumnsPerPanel - 1) / kColumnsPerPanel * panel_bytes;
   // Every block of rows prefetches an equal share of the next group, so that memory never rests;
   // where there is one block, or a group that nothing has prefetched, it is what comes soon.
-  const auto ahead_of = [&](bool is_first_group, int32_t block) -> Ahead {
-    if (num_blocks == 1 || (is_first_group && block == 0)) return {kNearAhead, kPairBytes};
-    const int64_t share = (kPairBytes + num_blocks - 1) / num_blocks;  // of a pair's bytes
+  const auto ahead_of = [&](bool is_first_group, int32_t block, int32_t blocks) -> Ahead {
+    if (blocks == 1 || (is_first_group && block == 0)) return {kNearAhead, kPairBytes};
+    const int64_t share = (kPairBytes + blocks - 1) / blocks;  // of a pair's bytes
     return {group_bytes + block * share * num_pairs, share};
   };
-  // Panels [begin, end) of one weight.
-  const auto multiply = [&](const PackedWeight& weight, int64_t begin, int64_t end) {
+  // Panels [begin, end) of one weight and blocks [near, far) of rows.
+  const auto multiply = [&](const PackedWeight& weight, int64_t begin, int64_t end, int32_t near,
+                            int32_t far) {
     const int64_t first_column = begin * kColumnsPerPanel;
     int64_t end_column = (int64_t{weight.outputs} + kLanes - 1) / kLanes;
     if (end * kColumnsPerPanel < end_column) end_column = end * kColumnsPerPanel;
@@ -194,18 +205,21 @@ void multiply_packed(const PackedRows& input, const PackedWeight* weights, int n
                           panel * num_pairs * kPanelOutputs + lane,
                       static_cast<int32_t>(column * kLanes)};
       }
-      for (int32_t block = 0; block < num_blocks; ++block) {
+      for (int32_t block = near; block < far; ++block) {
         const int32_t first = block_begin(block), rows = block_begin(block + 1) - first;
         choose(rows, count, std::make_integer_sequence<int, kBlockRows>())(
-            weight, input.features, x + padded * first, first, columns,
-            ahead_of(at == first_column, block));
+            weight, input.features, rows_of(block), first, columns,
+            ahead_of(at == first_column, block - near, far - near));
       }
     }
   };
   parallel_for(num_panels, 1 + kMinBytes / (panel_bytes + 1), [&](int64_t begin, int64_t end) {
     for (int i = 0; i < num_weights; ++i) {
       const int64_t panels = panels_of(weights[i]);
-      multiply(weights[i], begin < 0 ? 0 : begin, end < panels ? end : panels);
+      for (int32_t near = 0; near < num_blocks; near += num_near) {
+        const int32_t far = num_blocks - near < num_near ? num_blocks : near + num_near;
+        multiply(weights[i], begin < 0 ? 0 : begin, end < panels ? end : panels, near, far);
+      }
       begin -= panels;
       end -= panels;
     }

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -115,12 +116,6 @@ def by_rows(computed: Tensor) -> Tensor:
 def heads_by_rows(computed: Tensor) -> Tensor:
     """`by_rows` of [B, H, N, D]."""
     return by_rows(computed.transpose(1, 2)).transpose(1, 2)
-
-
-def _joined(attended: Tensor) -> Tensor:
-    """[B, N, H, E], or what the layers make of it in a pass over the tokens of all rows as one."""
-    ragged = _ragged.get()
-    return attended if ragged is None else ragged.join(attended)
 
 
 def replace_call(call: TreeCall) -> None:
@@ -238,8 +233,11 @@ def attend(
         call.by_layer[layer] = locality
     elif locality != FULL:
         raise ValueError(f"{type(module).__name__}: local attention in a layer without layer_idx")
-    query = heads_by_rows(query)
-    return _joined(attend_prompt(query, key, value, locality, **options)), None
+    ragged = _ragged.get()
+    if ragged is None:
+        return attend_prompt(query, key, value, locality, **options), None
+    rows = zip(*(x.split(ragged.sizes, 2) for x in (query, key, value)), strict=True)
+    return torch.cat([attend_prompt(*row, locality, **options) for row in rows], 1), None
 
 
 def attend_tree(
@@ -279,7 +277,9 @@ def attend_tree(
             softcap=softcap,
             sinks=sinks,
         )
-    out = _joined(out.transpose(1, 2)).transpose(1, 2)
+    ragged = _ragged.get()
+    if ragged is not None:
+        out = ragged.join(out.transpose(1, 2)).transpose(1, 2)
     return out if call.places is None else spread(out, call.places)
 
 

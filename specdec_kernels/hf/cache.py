@@ -191,16 +191,16 @@ class TreeCacheLayer(CacheLayerMixin):
                 "the cache of a speculative output holds rows of different lengths: pass it to "
                 "speculative decoding, or none to other loops"
             )
-        key_states, value_states = heads_by_rows(key_states), heads_by_rows(value_states)
+        new_keys, new_values = heads_by_rows(key_states), heads_by_rows(value_states)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(new_keys, new_values)
         if cache.num_nodes is None:
-            new = key_states.shape[2]
-            self.keys[:, :, :new] = key_states
-            self.values[:, :, :new] = value_states
+            new = new_keys.shape[2]
+            self.keys[:, :, :new] = new_keys
+            self.values[:, :, :new] = new_values
             return key_states, value_states
         starts = cache.lengths if cache.starts is None else cache.starts
-        write_kv(key_states, value_states, self.keys, self.values, starts, cache.num_nodes)
+        write_kv(new_keys, new_values, self.keys, self.values, starts, cache.num_nodes)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

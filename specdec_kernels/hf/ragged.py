@@ -1,4 +1,4 @@
-"""Trees of different sizes, one behind the other: a pass then computes no padding."""
+"""Rows of different sizes, one behind the other: a pass then computes no padding."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ them with the copies; three take 30, and one row of two beside seven of one 53 i
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """The T nodes of B trees of at most N.
+    """The T tokens of B prompts or trees of at most N.
 
     Attributes:
-        nodes: [T] int64, the place of each among the B x N.
-        places: [B, N] int64, and back; padding holds some node's.
+        sizes: tokens of each row.
+        tokens: [T] int64, the place of each among the B x N.
+        places: [B, N] int64, and back; padding holds some token's.
     """
 
-    nodes: Tensor
+    sizes: list[int]
+    tokens: Tensor
     places: Tensor
 
     @staticmethod
-    def of(num_nodes: Tensor, width: int) -> Ragged | None:
-        """Of trees with so many nodes [B] each, in rows of `width`; None if too little is padding
-        to be worth the copies.
+    def of(sizes: Tensor, width: int) -> Ragged | None:
+        """Of rows with so many tokens [B] each, padded to `width`; None if too little is padding to
+        be worth the copies.
         """
-        is_node = torch.arange(width, device=num_nodes.device) < num_nodes[:, None]
-        nodes = is_node.flatten().nonzero()[:, 0]
-        if len(nodes) > _WORTH * is_node.numel():
+        is_token = torch.arange(width, device=sizes.device) < sizes[:, None]
+        tokens = is_token.flatten().nonzero()[:, 0]
+        if len(tokens) > _WORTH * is_token.numel():
             return None
-        places = (is_node.flatten().cumsum(0) - 1).clamp_min(0)
-        return Ragged(nodes, places.view_as(is_node))
+        places = (is_token.flatten().cumsum(0) - 1).clamp_min(0)
+        return Ragged(sizes.tolist(), tokens, places.view_as(is_token))
 
     def join(self, rows: Tensor) -> Tensor:
         """[B, N, ...] -> [1, T, ...]."""
-        return rows.flatten(0, 1).index_select(0, self.nodes)[None]
+        return rows.flatten(0, 1).index_select(0, self.tokens)[None]
 
     def split(self, joined: Tensor) -> Tensor:
-        """[1, T, ...] -> [B, N, ...]; padding holds some node's values."""
+        """[1, T, ...] -> [B, N, ...]; padding holds some token's values."""
         split = joined[0].index_select(0, self.places.flatten())
         return split.view(*self.places.shape, *split.shape[1:])

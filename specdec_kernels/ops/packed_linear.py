@@ -85,6 +85,7 @@ def _inputs(
         {"R": 8, "U": 576, "F": 192},
         {"R": 13, "U": 49, "F": 301},
         {"R": 40, "U": 200, "F": 64},
+        {"R": 301, "U": 49, "F": 301},  # more rows than a cache holds
     ),
 )
 def packed_linear(
