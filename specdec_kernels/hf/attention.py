@@ -236,8 +236,11 @@ def attend(
     ragged = _ragged.get()
     if ragged is None:
         return attend_prompt(query, key, value, locality, **options), None
-    rows = zip(*(x.split(ragged.sizes, 2) for x in (query, key, value)), strict=True)
-    return torch.cat([attend_prompt(*row, locality, **options) for row in rows], 1), None
+    rows = [
+        attend_prompt(q, k, v, locality, **options)
+        for q, k, v in zip(*(x.split(ragged.sizes, 2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(rows, 1), None
 
 
 def attend_tree(
