@@ -115,4 +115,7 @@ def test_who_wants_rows_gets_padding() -> None:
 
     target.watchers.append(Watcher())  # type: ignore[arg-type]
     assert target.pads
+    model = make_tiny_model()
+    model.model.layers[1].register_forward_pre_hook(lambda *_: None)
+    assert HFTarget(model, 20).pads
     assert HFTarget(make_tiny_model(), 64, compile="eager").pads

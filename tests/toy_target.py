@@ -13,6 +13,8 @@ from specdec_kernels import DraftContext, Drafter, DraftNode, Proposal, Proposal
 class ToyTarget:
     """Logits are a fixed function of the last two tokens. `noise` makes other tables like it."""
 
+    pads = True
+
     def __init__(self, vocab_size: int, *, noise: float = 0.0, seed: int = 0) -> None:
         self.device = torch.device("cpu")
         self.vocab_size = vocab_size
@@ -21,8 +23,6 @@ class ToyTarget:
         self.table = torch.randn(shape, generator=generator) * 1.5
         self.table += torch.randn(shape, generator=generator) * noise
         self.cached: list[list[int]] = []
-
-    pads = True
 
     def logits_after(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """[R, V] logits after each token list."""

@@ -68,6 +68,8 @@ class HFTarget:
         self._cache = cache
         self._capacity = capacity
         self._step = CompiledStep.of(model, compile) if compile else None
+        parts = (module for module in model.modules() if module is not model)
+        self._has_hooks = any(m._forward_hooks or m._forward_pre_hooks for m in parts)
 
     @property
     def is_compiled(self) -> bool:
@@ -77,9 +79,9 @@ class HFTarget:
     @property
     def pads(self) -> bool:
         """See `decoding.Target`. On a GPU a pass is not worth less for a few tokens, and to count
-        them would have to wait for it.
+        them would have to wait for it; others' hooks on parts of the model may expect the rows.
         """
-        wants_rows = any(watcher.wants_rows for watcher in self.watchers)
+        wants_rows = self._has_hooks or any(watcher.wants_rows for watcher in self.watchers)
         return self.is_compiled or self.device.type != "cpu" or wants_rows
 
     @property
