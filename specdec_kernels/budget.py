@@ -136,20 +136,20 @@ class Budget:
         self._note_idle(num_steps == 0)
         return sizes
 
-    def least_score(self, running: int, *, pads: bool = False) -> float:
+    def least_score(self, running: int, *, finished: int = 0, pads: bool = True) -> float:
         """What a draft node must promise: `choose` takes none below it, whatever the others do.
 
         Args:
             running: rows that `choose` will see.
-            pads: as there, with more rows than one.
+            finished, pads: as there.
 
         The n-th node is taken only if it raises the rate, q > R dT with q what is expected of it,
         T the time of the pass and of drafting before it, and R = (rows + the n - 1 likelier
         nodes) / T at least (rows + (n - 1) q) / T: so if q (T - (n - 1) dT) > rows dT. Between two
         points of the curve this is the same for all n.
         """
-        if pads:
-            return 0.0
+        if pads and running + finished > 1:
+            return 0.0  # others decide whether a level is worth it
         rows = max(1, running)
         least = math.inf
         for tokens in (rows, *(n for n in self.cost.nodes if n > rows)):

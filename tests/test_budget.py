@@ -90,13 +90,14 @@ def test_no_node_below_the_least_score_is_chosen() -> None:
             made._trust, made._draft_cost = trust, draft
             return made
 
-        least = budget().least_score(batch)
+        least = budget().least_score(batch, pads=False)
         some = [[score for score in row if score >= least] for row in rows]
         dropped += sum(map(len, rows)) - sum(map(len, some))
         assert budget().choose(rows, pads=False) == budget().choose(some, pads=False)
     assert dropped > 500
-    assert Budget(FLAT).least_score(1) == Budget(STEEP).least_score(8, pads=True) == 0
-    assert Budget(STEEP).least_score(8) == pytest.approx(1.0)
+    assert Budget(FLAT).least_score(1) == Budget(STEEP).least_score(8) == 0
+    assert Budget(STEEP).least_score(1, finished=1) == 0 < Budget(STEEP).least_score(1)
+    assert Budget(STEEP).least_score(8, pads=False) == pytest.approx(1.0)
     linear = CostCurve((1, 64), (1.0, 2.0))  # here nodes of little more are all taken
     least = Budget(linear).least_score(1)
     assert Budget(linear).choose([[1.1 * least] * 40], pads=False) == [41]

@@ -315,7 +315,7 @@ class Stingy(Generous):
 class Thorough(Budget):
     """Looks at every node."""
 
-    def least_score(self, running: int, *, pads: bool = False) -> float:
+    def least_score(self, running: int, **options: Any) -> float:
         return 0.0
 
 

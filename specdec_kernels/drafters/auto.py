@@ -187,10 +187,10 @@ class AutoDrafter(Drafter):
             roots.append(_Node(sequence[-1], last) if active else None)
         deepest = [min(most, self.max_depth) for most in context.max_depths]
         running = [b for b, on in enumerate(context.active) if on]
+        finished = len(roots) - len(running)
         self._least = self.min_probability
         if context.budget is not None:
-            pads = context.pads and len(roots) > 1
-            useful = context.budget.least_score(len(running), pads=pads)
+            useful = context.budget.least_score(len(running), finished=finished, pads=context.pads)
             self._least = max(self._least, useful)
         if self._adviser is not None:
             self._ask(self._adviser, context, roots, deepest)
@@ -201,9 +201,7 @@ class AutoDrafter(Drafter):
         sizes = [self.max_nodes] * len(running)
         if context.budget is not None:
             sizes = context.budget.choose(
-                [trees[b][2] for b in running],
-                finished=len(trees) - len(running),
-                pads=context.pads,
+                [trees[b][2] for b in running], finished=finished, pads=context.pads
             )
         rows: list[tuple[list[int], list[int]]] = [([], []) for _ in trees]
         for b, size in zip(running, sizes, strict=True):
