@@ -16,6 +16,17 @@ _MARGIN = 0.02
 """Speculation must promise so much more than plain decoding."""
 _PATIENCE, _LONGEST_REST = 6, 12
 """After so many steps not worth a draft, rest for one step, then two, ..., up to so many."""
+_CHECK, _LONGEST_CHECK = 8, 512
+"""After so many steps with drafts in a row one without, to compare what they cost; then after twice
+as many, ..., up to so many."""
+_OLDER, _FORGOTTEN = 0.8, 0.02
+"""Weight of older comparisons beside the last one, and the share that is forgotten with every pass
+where no draft was worth it."""
+_PRIOR = 0.3
+"""Passes over one token that the curve's own word counts for in these comparisons."""
+_NOTICED, _STEEPEST = 1.25, 4.0
+"""Drafts cost what the curve says unless they cost so many times more or less, and at most so many
+times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,10 @@ class Budget:
         self._promised = self._accepted = 4.0
         self._draft_cost = 0.0  # in the unit of the curve
         self._unit: float | None = None  # seconds per unit of the curve
+        # what drafts added to the cost of passes of late, as measured and as the curve says
+        self._added = self._said = 0.0
+        self._last: tuple[int, int, float] | None = None  # tokens, those without drafts, seconds
+        self._check = self._until_check = _CHECK
         self._idle = 0  # steps in a row that were not worth a draft
         self._rest = 0  # steps still to rest
         self._next_rest = 1
@@ -91,6 +106,9 @@ class Budget:
         self._has_chosen = False
         if self._rest > 0:
             self._rest -= 1
+            return True
+        if self._until_check <= 0:
+            self._check = min(2 * self._check, _LONGEST_CHECK)
             return True
         return False
 
@@ -123,7 +141,7 @@ class Budget:
         for i, step in enumerate(steps, 1):
             tokens += self._trust * sum(score for _, _, score in step)
             computed = rows * (i + 1) if pads else rows + i
-            rate = tokens / (self.cost(computed) + self._draft_cost)
+            rate = tokens / (self._with_drafts(computed, rows) + self._draft_cost)
             if rate > max(best, plain):
                 best, num_steps = rate, i
         self._rate = max(best, plain)
@@ -153,8 +171,8 @@ class Budget:
         rows = max(1, running)
         least = math.inf
         for tokens in (rows, *(n for n in self.cost.nodes if n > rows)):
-            before = self.cost(tokens)
-            step = self.cost(tokens + 1) - before
+            before = self._with_drafts(tokens, rows)
+            step = self._with_drafts(tokens + 1, rows) - before
             rest = before + self._draft_cost - (tokens - rows) * step
             if rest > 0:  # otherwise no node is worth it
                 least = min(least, rows * step / rest)
@@ -186,6 +204,7 @@ class Budget:
         """
         cost = self.cost(max(1, computed))
         unit = forward_seconds / cost
+        self._compare(computed, plain, forward_seconds)
         # the least of a slowly growing bound: other processes only ever make a pass longer
         self._unit = unit if self._unit is None else min(unit, self._unit * 1.05)
         if draft_seconds > 0 and self._unit > 0:
@@ -196,8 +215,46 @@ class Budget:
             self._trust = min(1.25, max(0.1, (self._accepted + 0.2) / (self._promised + 0.2)))
         elif computed > plain:
             self._gain = _MEMORY * self._gain + (1 - _MEMORY) * num_accepted / running
-            rate = (1.0 + self._gain) / (cost + self._draft_cost)
+            rate = (1.0 + self._gain) / (self._with_drafts(computed, plain) + self._draft_cost)
             self._note_idle(rate < (1.0 + _MARGIN) / self.cost(plain))
+
+    def _with_drafts(self, computed: int, plain: int) -> float:
+        """T of so many tokens, `plain` of them no drafts: the curve, as steep as it was found."""
+        without = self.cost(plain)
+        return without + self._steepness * (self.cost(computed) - without)
+
+    @property
+    def _steepness(self) -> float:
+        """How many times more drafts add to a pass than the curve says."""
+        prior = _PRIOR * self.cost(1)
+        steepness = (self._added + prior) / (self._said + prior)
+        if abs(math.log(steepness)) < math.log(_NOTICED):
+            return 1.0
+        return min(max(steepness, 1 / _STEEPEST), _STEEPEST)
+
+    def _compare(self, computed: int, plain: int, seconds: float) -> None:
+        """Learn it from passes next to each other, with and without drafts: the curve may be of
+        another day, of another shape of batch, or never measured.
+        """
+        has_drafts = computed > plain
+        self._until_check = self._until_check - 1 if has_drafts else self._check
+        last, self._last = self._last, (computed, plain, seconds)
+        if last is None:
+            return
+        if has_drafts == (last[0] > last[1]):
+            if not has_drafts:  # nobody looks: the curve may be right after all
+                self._added *= 1 - _FORGOTTEN
+                self._said *= 1 - _FORGOTTEN
+            return
+        with_drafts, without = (self._last, last) if has_drafts else (last, self._last)
+        unit = without[2] / self.cost(max(1, without[0]))
+        if unit <= 0:
+            return
+        base = self.cost(max(1, with_drafts[1]))
+        said = self.cost(with_drafts[0]) - base
+        added = min(max(with_drafts[2] / unit - base, 0.0), 2 * _STEEPEST * said)
+        self._added = _OLDER * self._added + added
+        self._said = _OLDER * self._said + said
 
     def _note_idle(self, is_idle: bool) -> None:
         if not is_idle:
