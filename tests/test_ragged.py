@@ -34,6 +34,9 @@ def test_joined_rows_come_apart_again() -> None:
     for row, size in ((0, 2), (2, 3)):
         assert torch.equal(ragged.split(joined)[row, :size], rows[row, :size])
     assert Ragged.of(torch.tensor([3, 3], dtype=torch.int32), 3) is None
+    ended = Ragged.of(torch.tensor([0, 2], dtype=torch.int32), 2)  # nothing lies before its padding
+    assert ended is not None
+    assert torch.equal(ended.split(ended.join(rows[:2, :2]))[1], rows[1, :2])
 
 
 class _Pads(HFTarget):
@@ -116,6 +119,8 @@ def test_who_wants_rows_gets_padding() -> None:
     target.watchers.append(Watcher())  # type: ignore[arg-type]
     assert target.pads
     model = make_tiny_model()
+    model.register_forward_hook(lambda *_: None)
+    assert not HFTarget(model, 20).pads, "whoever calls the whole model"
     model.model.layers[1].register_forward_pre_hook(lambda *_: None)
     assert HFTarget(model, 20).pads
     assert HFTarget(make_tiny_model(), 64, compile="eager").pads
