@@ -11,13 +11,17 @@ from conftest import make_tiny_model
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
-from specdec_kernels.hf.attention import tree_attention_in
+from specdec_kernels import Budget, DraftContext, Drafter, Proposal
+from specdec_kernels.drafting import SamplingParams
+from specdec_kernels.hf.attention import Localities, by_rows, handing, tree_attention_in
 from specdec_kernels.hf.cache import TreeCache
 from specdec_kernels.hf.features import HFTargetView
 from specdec_kernels.hf.fusing import fast_layers
 from specdec_kernels.hf.ragged import Ragged
 from specdec_kernels.hf.target import HFTarget
+from specdec_kernels.proposing import Proposer
 from specdec_kernels.shapes import PAD
+from specdec_kernels.statistics import DecodeStats
 from specdec_kernels.tree import TokenTree
 
 PROMPTS = [[5, 6, 7], [8, 9], [1, 2, 3, 4], [11]]
@@ -124,3 +128,41 @@ def test_who_wants_rows_gets_padding() -> None:
     model.model.layers[1].register_forward_pre_hook(lambda *_: None)
     assert HFTarget(model, 20).pads
     assert HFTarget(make_tiny_model(), 64, compile="eager").pads
+
+
+class _Three(Drafter):
+    """Three nodes for the first row, one for the last."""
+
+    max_nodes = 3
+
+    def propose(self, context: DraftContext) -> Proposal:
+        rows = [([2, 7, 8], [PAD, 0, 1]), ([], []), ([5], [PAD])]
+        return Proposal.onehot(rows, context.device)
+
+
+class _Spy(Budget):
+    def record(self, **what: Any) -> None:
+        self.seen = what
+
+
+@pytest.mark.parametrize(("pads", "computed", "plain"), [(False, 4, 2), (True, 9, 3)])
+def test_the_budget_pays_for_what_is_computed(pads: bool, computed: int, plain: int) -> None:
+    budget = _Spy()
+    sampling = SamplingParams(torch.zeros(3, dtype=torch.int64), torch.zeros(3))
+    context = DraftContext(
+        [[1, 2], [3], [4, 5]], [True, False, True], [5, 0, 5], torch.device("cpu"), 20, sampling,
+        budget, pads,
+    )  # fmt: skip
+    proposer = Proposer(_Three(), DecodeStats.start(3), budget)
+    proposer.begin(3)
+    proposer.record(proposer.propose(context), 1, 0.02)
+    seen = budget.seen
+    assert (seen["running"], seen["computed"], seen["plain"]) == (2, computed, plain)
+
+
+def test_rows_are_joined_in_a_pass_only() -> None:
+    ragged = Ragged.of(torch.tensor([1, 0], dtype=torch.int32), 1)
+    computed = torch.ones(1, 1, 2)
+    with handing(Localities(), ragged):
+        assert by_rows(computed).shape == (2, 1, 2)
+    assert by_rows(computed) is computed
