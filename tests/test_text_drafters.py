@@ -27,6 +27,7 @@ from specdec_kernels import (
 from specdec_kernels.decoding import decode
 from specdec_kernels.drafters import DRAFTERS, make_drafter
 from specdec_kernels.drafters.adviser import Advice, level_of
+from specdec_kernels.drafters.auto import _Node
 from specdec_kernels.drafters.memory import ContextTable, HitRates
 from specdec_kernels.drafters.network import Level
 from specdec_kernels.drafting import SamplingParams
@@ -332,6 +333,44 @@ def test_nodes_that_cannot_be_worth_it_are_not_looked_at() -> None:
         looked_at.append(len(drafter.rates))
     assert trees[0] == trees[1] and max(len(tree[0]) for tree in trees[0]) > 3
     assert looked_at[0] < looked_at[1]
+
+
+def test_a_second_guess_is_found_while_it_may_be_worth_it() -> None:
+    drafter = AutoDrafter(8, sources=("text",), heads=None, min_probability=1e-6)
+    drafter.begin(1)
+    row = drafter._rows[0]
+    row.text.extend([7, 1, 2, 5, 6, 9, 2, 8, 1, 2], 0)
+    (_, _, first), (_, _, second) = drafter._candidates(row, (1, 2), None)
+    for i in range(100):
+        drafter.rates.learn(first, i % 10 < 7)
+        drafter.rates.learn(second, i % 10 < 8)
+    every = drafter._children(row, _Node(2, (1, 2)))
+    assert [child.token for child in every] == [5, 8] and every[1].score > 0.2
+    drafter._least = 0.2  # three fifths of what the first guess leaves
+    assert [child.token for child in drafter._children(row, _Node(2, (1, 2)))] == [5, 8]
+    drafter._least = 0.5
+    assert [child.token for child in drafter._children(row, _Node(2, (1, 2)))] == [5]
+
+
+class Asked(Generous):
+    """Notes what it is asked for the least score."""
+
+    def least_score(self, running: int, **options: Any) -> float:
+        self.asked = (running, options)
+        return 0.0
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_the_budget_knows_the_batch(pads: bool) -> None:
+    drafter, budget = AutoDrafter(8, heads=None), Asked()
+    drafter.begin(2)
+    sampling = SamplingParams(torch.tensor([0, 0]), torch.tensor([0.0, 0.0]))
+    text, device = [1, 2, 1], torch.device("cpu")
+    context = DraftContext(
+        [text, text], [True, False], [5, 0], device, VOCAB, sampling, budget, pads
+    )
+    drafter.propose(context)
+    assert budget.asked == (1, {"finished": 1, "pads": pads})
 
 
 @pytest.mark.parametrize("num_paid", [0, 1, 2, 9])
