@@ -127,19 +127,21 @@ class Budget:
         """
         self._has_chosen = True
         sizes = [1] * len(scores)
-        nodes = [(b, i, score) for b, row in enumerate(scores) for i, score in enumerate(row)]
         if pads:
-            levels = range(max(map(len, scores), default=0))
-            steps = [[node for node in nodes if node[1] == level] for level in levels]
+            steps = [
+                [(b, row[level]) for b, row in enumerate(scores) if level < len(row)]
+                for level in range(max(map(len, scores), default=0))
+            ]
         else:
-            steps = [[node] for node in sorted(nodes, key=lambda node: -node[2])]
+            nodes = [(b, score) for b, row in enumerate(scores) for score in row]
+            steps = [[node] for node in sorted(nodes, key=lambda node: -node[1])]
         rows = max(1, len(scores) + finished if pads else len(scores))
         tokens = float(max(1, len(scores)))
         plain = best = tokens / self.cost(rows)
         plain *= 1 + _MARGIN
         num_steps = 0
         for i, step in enumerate(steps, 1):
-            tokens += self._trust * sum(score for _, _, score in step)
+            tokens += self._trust * sum(score for _, score in step)
             computed = rows * (i + 1) if pads else rows + i
             rate = tokens / (self._with_drafts(computed, rows) + self._draft_cost)
             if rate > max(best, plain):
@@ -148,7 +150,7 @@ class Budget:
         self._promised *= _MEMORY
         self._accepted *= _MEMORY
         for step in steps[:num_steps]:
-            for row, _, score in step:
+            for row, score in step:
                 sizes[row] += 1
                 self._promised += score
         self._note_idle(num_steps == 0)
@@ -247,10 +249,10 @@ class Budget:
                 self._said *= 1 - _FORGOTTEN
             return
         with_drafts, without = (self._last, last) if has_drafts else (last, self._last)
-        unit = without[2] / self.cost(max(1, without[0]))
+        unit = without[2] / self.cost(without[0])
         if unit <= 0:
             return
-        base = self.cost(max(1, with_drafts[1]))
+        base = self.cost(with_drafts[1])
         said = self.cost(with_drafts[0]) - base
         added = min(max(with_drafts[2] / unit - base, 0.0), 2 * _STEEPEST * said)
         self._added = _OLDER * self._added + added

@@ -174,7 +174,7 @@ def decode(
         paths = [p[:k] for p, k in zip(path.tolist(), kept, strict=True)]
         proposer.observe(Verified(tree, logits, paths, rows.sequences))
         num_new = sum(stats.num_accepted) - before
-        proposer.record(proposal, num_new, forwarded - drafted)
+        proposer.record(proposal, num_new, forwarded - drafted, pads=target.pads)
 
     proposer.end(rows.sequences, [len(p) for p in prompts])
     stats.total_seconds = time.perf_counter() - start

@@ -27,8 +27,6 @@ class Proposer:
         self._stats = stats
         self._budget = budget
         self._step = 0
-        self._running = 0  # rows
-        self._pads = True
         self._seconds = 0.0  # of this step
 
     @property
@@ -46,7 +44,6 @@ class Proposer:
         """The drafter's trees, or roots alone if it has none, rests or fails."""
         drafter = self._drafter
         self._step += 1
-        self._running, self._pads = sum(context.active), context.pads
         self._seconds = 0.0
         if drafter is None or (self._budget is not None and self._budget.rests()):
             return plain(context)
@@ -64,14 +61,18 @@ class Proposer:
             drafter = self._drafter
             self._guard(lambda: drafter.observe(verified))
 
-    def record(self, proposal: Proposal, num_accepted: int, forward_seconds: float) -> None:
-        """Tell the budget what the step did and cost."""
+    def record(
+        self, proposal: Proposal, num_accepted: int, forward_seconds: float, *, pads: bool
+    ) -> None:
+        """Tell the budget what the step did and cost; `pads` as in `DraftContext`."""
         if self._budget is not None and self._drafter is not None:
             tree = proposal.tree
+            sizes = tree.num_nodes.tolist()
+            running = sum(size > 0 for size in sizes)
             self._budget.record(
-                running=self._running,
-                computed=tree.tokens.numel() if self._pads else int(tree.num_nodes.sum()),
-                plain=len(tree.tokens) if self._pads else self._running,
+                running=running,
+                computed=tree.tokens.numel() if pads else sum(sizes),
+                plain=len(sizes) if pads else running,
                 num_accepted=num_accepted,
                 forward_seconds=forward_seconds,
                 draft_seconds=self._seconds,

@@ -69,7 +69,7 @@ def test_without_padding_the_likeliest_nodes_of_all_rows_come_first() -> None:
 
 
 def test_no_node_below_the_least_score_is_chosen() -> None:
-    """Whatever the curve, what drafting costs, and how far promises are trusted."""
+    """Whatever the curve, what drafting and drafts cost, and how far promises are trusted."""
     random = Random(0)
     dropped = 0
     for _ in range(400):
@@ -84,10 +84,12 @@ def test_no_node_below_the_least_score_is_chosen() -> None:
             for _ in range(batch)
         ]
         trust, draft = random.choice([0.3, 1.0, 1.25]), random.choice([0.0, 0.1, 1.0])
+        added = random.choice([1.0, 1.0, 0.1, 30.0])  # of what the curve said would be 1
 
-        def budget(curve=curve, trust=trust, draft=draft) -> Budget:
+        def budget(curve=curve, trust=trust, draft=draft, added=added) -> Budget:
             made = Budget(curve)
             made._trust, made._draft_cost = trust, draft
+            made._added, made._said = added, 1.0
             return made
 
         least = budget().least_score(batch, pads=False)
@@ -101,6 +103,9 @@ def test_no_node_below_the_least_score_is_chosen() -> None:
     linear = CostCurve((1, 64), (1.0, 2.0))  # here nodes of little more are all taken
     least = Budget(linear).least_score(1)
     assert Budget(linear).choose([[1.1 * least] * 40], pads=False) == [41]
+    steep = Budget(linear)
+    steep._added, steep._said = 9.0, 3.0
+    assert steep.least_score(1) == pytest.approx(steep._steepness * least)
 
 
 def test_promises_that_fail_are_trusted_less() -> None:

@@ -1,4 +1,6 @@
-"""Trees of different sizes in one pass: what the layers compute, and that nobody else notices."""
+"""Prompts and trees of different sizes in one pass: what the layers compute, and that nobody else
+notices.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +157,7 @@ def test_the_budget_pays_for_what_is_computed(pads: bool, computed: int, plain: 
     )  # fmt: skip
     proposer = Proposer(_Three(), DecodeStats.start(3), budget)
     proposer.begin(3)
-    proposer.record(proposer.propose(context), 1, 0.02)
+    proposer.record(proposer.propose(context), 1, 0.02, pads=pads)
     seen = budget.seen
     assert (seen["running"], seen["computed"], seen["plain"]) == (2, computed, plain)
 

@@ -94,12 +94,12 @@ def handing(call: Call, ragged: Ragged | None = None) -> Iterator[None]:
     Args:
         ragged: given where the model computes the tokens of all rows as those of one.
     """
-    tokens = _call.set(call), _ragged.set(ragged)
+    before = _call.set(call), _ragged.set(ragged)
     try:
         yield
     finally:
-        _call.reset(tokens[0])
-        _ragged.reset(tokens[1])
+        _call.reset(before[0])
+        _ragged.reset(before[1])
 
 
 def current_call() -> Call | None:
@@ -115,7 +115,10 @@ def by_rows(computed: Tensor) -> Tensor:
 
 def heads_by_rows(computed: Tensor) -> Tensor:
     """`by_rows` of [B, H, N, D]."""
-    return by_rows(computed.transpose(1, 2)).transpose(1, 2)
+    ragged = _ragged.get()
+    if ragged is None:
+        return computed  # views cost, too, where the caches are cold
+    return ragged.split(computed.transpose(1, 2)).transpose(1, 2)
 
 
 def replace_call(call: TreeCall) -> None:
