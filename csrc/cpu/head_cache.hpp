@@ -55,4 +55,41 @@ struct HeadCache {
   }
 };
 
+// Asks memory for the rows of the next tile while one is computed: caches lie in small pages, at
+// whose ends the hardware stops to look ahead.
+template <class T>
+class TilePrefetch {
+ public:
+  TilePrefetch(const HeadCache<T>& k, const HeadCache<T>& v, T* k_buffer, T* v_buffer)
+      : heads_{&k, &v}, buffers_{k_buffer, v_buffer} {}
+
+  // From now on the tile at `slot`; of it, the slots before `end_slot`.
+  void aim(int32_t slot, int32_t end_slot) {
+    key_ = 0;
+    end_ = std::clamp(end_slot - slot, 0, kTileKeys);
+    for (int i = 0; i < 2 && end_ > 0; ++i) {
+      if (heads_[i]->cache.stride_d == 1)
+        heads_[i]->rows(slot, ~uint64_t{0} >> (kTileKeys - end_), buffers_[i], rows_[i]);
+    }
+  }
+
+  // The next `num` rows.
+  void operator()(int32_t num) {
+    for (; num > 0 && key_ < end_; --num, ++key_) {
+      for (int i = 0; i < 2; ++i) {
+        if (heads_[i]->cache.stride_d != 1) continue;
+        constexpr int32_t kLine = 64 / static_cast<int32_t>(sizeof(T));
+        for (int32_t d = 0; d < heads_[i]->cache.head_dim; d += kLine)
+          __builtin_prefetch(rows_[i][key_] + d);
+      }
+    }
+  }
+
+ private:
+  const HeadCache<T>* heads_[2];
+  T* buffers_[2];
+  TileRows<T> rows_[2];
+  int32_t key_ = 0, end_ = 0;
+};
+
 }  // namespace specdec::SPECDEC_ISA

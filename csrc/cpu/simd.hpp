@@ -298,6 +298,18 @@ template <int kStep = kLanes / 2>
   if constexpr (kStep > 1) transpose<kStep / 2>(rows);
 }
 
+// The sum of each register's lanes, in the order of the registers.
+template <int kStep = kLanes / 2>
+[[gnu::always_inline]] inline Float sum_each(Float (&rows)[kLanes]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kStep; ++i) {
+    swap_blocks<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>());
+    rows[i] += rows[i + kStep];
+  }
+  if constexpr (kStep > 1) return sum_each<kStep / 2>(rows);
+  return rows[0];
+}
+
 // Lane sets for the rules of core/philox.hpp.
 struct VectorLanes {
   using Float = specdec::SPECDEC_ISA::Float;

@@ -35,7 +35,7 @@ struct FloatQuanta {
     for (int32_t i = 0; i < kTileKeys; i += kLanes) store(target + i, load(probs + i));
   }
   // Quanta of value rows: here one row each.
-  static void store_values(const T* row, const T*, float* target) { store(target, load(row)); }
+  static Float load_values(const T* row, const T*) { return load(row); }
 };
 
 #if defined(__AVX512BF16__)
@@ -55,32 +55,58 @@ struct Bfloat16Pairs {
     }
   }
   // Quanta of value rows: element e of two keys side by side.
-  static void store_values(const T* even, const T* odd, float* target) {
+  static Float load_values(const T* even, const T* odd) {
     Short low, high;
     std::memcpy(&low, even, sizeof low);
     std::memcpy(&high, odd, sizeof high);
     const Uint pairs = __builtin_convertvector(low, Uint) | __builtin_convertvector(high, Uint)
                                                                 << 16;
-    store(target, reinterpret_cast<Float>(pairs));
+    return reinterpret_cast<Float>(pairs);
   }
 };
 #endif
 
-// Adds sum over k of a[r, k] * b[k, c] to total[r, c] * scales[r] (to 0 without `scales`), for
-// kRows rows and kVectors registers of columns. The sum starts from zero, so that a long total does
-// not round every product.
-template <class Quanta, int kRows, int kVectors>
-void multiply_block(const float* a, int64_t stride_a, const float* b, int64_t stride_b,
-                    int32_t depth, const float* scales, float* total, int64_t stride_total) {
+// The rows of a tile, each contiguous.
+template <class T>
+using TileRows = const T* [kTileKeys];
+
+// Columns of a product, packed [quanta, stride].
+struct PackedColumns {
+  const float* data;
+  int64_t stride;
+
+  Float load(int32_t quantum, int32_t column) const {
+    return SPECDEC_ISA::load(data + quantum * stride + column);
+  }
+};
+
+// Columns of a product, read from the value rows of a tile.
+template <class Quanta>
+struct ValueColumns {
+  const TileRows<typename Quanta::T>& rows;
+
+  Float load(int32_t quantum, int32_t column) const {
+    const int32_t row = quantum * Quanta::kElements;
+    return Quanta::load_values(rows[row] + column, rows[row + Quanta::kElements - 1] + column);
+  }
+};
+
+// Adds sum over k in [first, first + depth) of a[r, k] * b[k, column + c] to total[r, c] *
+// scales[r] (to 0 without `scales`), for kRows rows and kVectors registers of columns. The sum
+// starts from zero, so that a long total does not round every product.
+template <class Quanta, class Columns, int kRows, int kVectors>
+void multiply_block(const float* a, int64_t stride_a, const Columns& b, int32_t column,
+                    int32_t first, int32_t depth, const float* scales, float* total,
+                    int64_t stride_total) {
   Float sums[kRows][kVectors];  // in registers: every loop over it is unrolled
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Float{};
   }
-  for (int32_t k = 0; k < depth; ++k) {
+  for (int32_t k = first; k < first + depth; ++k) {
     Float columns[kVectors];
-    for (int v = 0; v < kVectors; ++v) columns[v] = load(b + k * stride_b + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) columns[v] = b.load(k, column + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Float row = splat(a[r * stride_a + k]);
@@ -100,38 +126,73 @@ void multiply_block(const float* a, int64_t stride_a, const float* b, int64_t st
   }
 }
 
-using MultiplyBlock = void (*)(const float*, int64_t, const float*, int64_t, int32_t, const float*,
-                               float*, int64_t);
+template <class Columns>
+using MultiplyBlock = void (*)(const float*, int64_t, const Columns&, int32_t, int32_t, int32_t,
+                               const float*, float*, int64_t);
 
-template <class Quanta, int... kIndices>
-constexpr MultiplyBlock choose_block(int index, std::integer_sequence<int, kIndices...>) {
-  constexpr MultiplyBlock kBlocks[] = {
-      multiply_block<Quanta, kIndices / kMaxVectors + 1, kIndices % kMaxVectors + 1>...};
+template <class Quanta, class Columns, int... kIndices>
+constexpr MultiplyBlock<Columns> choose_block(int index, std::integer_sequence<int, kIndices...>) {
+  constexpr MultiplyBlock<Columns> kBlocks[] = {
+      multiply_block<Quanta, Columns, kIndices / kMaxVectors + 1, kIndices % kMaxVectors + 1>...};
   return kBlocks[index];
 }
 
 // `multiply_block` for up to kMaxRows rows and any number of columns, a multiple of kLanes.
-template <class Quanta>
-void multiply(const float* a, int64_t stride_a, const float* b, int32_t depth, const float* scales,
-              float* total, int32_t rows, int32_t columns) {
+template <class Quanta, class Columns>
+void multiply(const float* a, int64_t stride_a, const Columns& b, int32_t depth,
+              const float* scales, float* total, int32_t rows, int32_t columns) {
   constexpr auto kBlocks = std::make_integer_sequence<int, kMaxRows * kMaxVectors>();
   constexpr float kOnes[kMaxRows] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
   for (int32_t c = 0; c < columns; c += kMaxVectors * kLanes) {
     const int32_t left = (columns - c) / kLanes;
     const int32_t vectors = left < kMaxVectors ? left : kMaxVectors;
-    const MultiplyBlock block =
-        choose_block<Quanta>((rows - 1) * kMaxVectors + vectors - 1, kBlocks);
+    const MultiplyBlock<Columns> block =
+        choose_block<Quanta, Columns>((rows - 1) * kMaxVectors + vectors - 1, kBlocks);
     for (int32_t k = 0; k < depth; k += kMaxDepth) {
       const int32_t part = depth - k < kMaxDepth ? depth - k : kMaxDepth;
-      block(a + k, stride_a, b + int64_t{k} * columns + c, columns, part, k == 0 ? scales : kOnes,
-            total + c, columns);
+      block(a, stride_a, b, c, k, part, k == 0 ? scales : kOnes, total + c, columns);
     }
   }
 }
 
-// The rows of a tile, each contiguous.
-template <class T>
-using TileRows = const T* [kTileKeys];
+// Logits [kRows, kTileKeys] of query rows and the keys of a tile, read where they lie; D fills
+// whole registers. Calls `after_keys(n)` after every n keys.
+template <class Quanta, int kRows, class AfterKeys>
+void multiply_keys(const float* q, int64_t stride_q, const TileRows<typename Quanta::T>& keys,
+                   int32_t depth, float* logits, AfterKeys& after_keys) {
+  for (int32_t first = 0; first < kTileKeys; first += kLanes) {
+    Float products[kRows][kLanes];
+    for (int32_t key = 0; key < kLanes; key += kMaxVectors) {
+      Float sums[kRows][kMaxVectors] = {};
+      for (int32_t k = 0; k < depth; k += kLanes) {
+        Float columns[kMaxVectors];
+        for (int v = 0; v < kMaxVectors; ++v)
+          columns[v] = Quanta::load_quanta(keys[first + key + v] + k * Quanta::kElements);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const Float row = load(q + r * stride_q + k);
+#pragma GCC unroll 8
+          for (int v = 0; v < kMaxVectors; ++v)
+            sums[r][v] = Quanta::multiply_add(row, columns[v], sums[r][v]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kMaxVectors; ++v) products[r][key + v] = sums[r][v];
+      }
+    }
+    for (int r = 0; r < kRows; ++r) store(logits + r * kTileKeys + first, sum_each(products[r]));
+    after_keys(kLanes);
+  }
+}
+
+template <class Quanta, class AfterKeys, int... kIndices>
+auto choose_keys(int32_t rows, std::integer_sequence<int, kIndices...>) {
+  constexpr decltype(&multiply_keys<Quanta, 1, AfterKeys>) kProducts[] = {
+      multiply_keys<Quanta, kIndices + 1, AfterKeys>...};
+  return kProducts[rows - 1];
+}
 
 // Loads `num` elements, fewer than a register holds, and zeros.
 template <class T, int kElements>
@@ -176,10 +237,11 @@ void pack_values(const TileRows<typename Quanta::T>& values, int32_t dim, int32_
   for (int32_t key = 0; key < kTileKeys; key += Quanta::kElements, target += columns) {
     const auto* even = values[key];
     const auto* odd = values[key + Quanta::kElements - 1];
-    for (int32_t e = 0; e < full; e += kLanes) Quanta::store_values(even + e, odd + e, target + e);
+    for (int32_t e = 0; e < full; e += kLanes)
+      store(target + e, Quanta::load_values(even + e, odd + e));
     if (full == dim) continue;
-    Quanta::store_values(padded(even + full, dim - full, buffers[0]),
-                         padded(odd + full, dim - full, buffers[1]), target + full);
+    store(target + full, Quanta::load_values(padded(even + full, dim - full, buffers[0]),
+                                             padded(odd + full, dim - full, buffers[1])));
   }
 }
 

@@ -23,6 +23,7 @@ namespace specdec::SPECDEC_ISA {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
+constexpr int32_t kFewRows = 16;  // query rows for which a tile is not worth packing
 
 // Buffers of one thread.
 struct TileScratch {
@@ -57,10 +58,18 @@ class TreeAttention {
   }
 
  private:
+  // Keys and values of a tile.
+  struct Tile {
+    TileRows<T> k, v;
+    const float* keys;  // packed; null where that does not pay
+    const float* values;
+    TilePrefetch<T> next;
+  };
+
   void attend(const Item& item, TileScratch& scratch);
   void pack_queries(const Item& item, float* target) const;
-  void attend_rows(const float* q, const float* keys, const float* values, const uint64_t* seen,
-                   int32_t first_row, int32_t rows, const RowStates& states) const;
+  void attend_rows(const float* q, Tile& tile, const uint64_t* seen, int32_t first_row,
+                   int32_t rows, const RowStates& states) const;
   float mask_logits(float* row, uint64_t seen, float largest_before) const;
   void merge_splits(const Item& item, const RowStates& states) const;
   void write(const Item& item, const RowStates& states) const;
@@ -86,12 +95,20 @@ void TreeAttention<Quanta>::attend(const Item& item, TileScratch& scratch) {
     states = plan_.partials.from(item.first_partial + int64_t{item.split} * rows, columns_);
   for (int64_t i = 0; i < int64_t{rows} * columns_; ++i) states.total[i] = 0.0f;
   for (int32_t r = 0; r < rows; ++r) states.largest[r] = -kInfinity, states.weight[r] = 0.0f;
-  pack_queries(item, q);
 
   const HeadCache<T> k{params_.k_cache, params_.slots, item.b, item.g};
   const HeadCache<T> v{params_.v_cache, params_.slots, item.b, item.g};
   T* k_buffer = reinterpret_cast<T*>(scratch.rows.reserve(k.buffer_size() + v.buffer_size()));
   T* v_buffer = k_buffer + k.buffer_size();
+  const bool fills_registers = params_.q.head_dim % (kLanes * Quanta::kElements) == 0 &&
+                               params_.v_cache.head_dim % kLanes == 0;
+  const bool is_packed = rows > kFewRows || !fills_registers;
+  const int32_t row_blocks = (rows + kMaxRows - 1) / kMaxRows;
+  Tile tile{
+      {}, {}, is_packed ? keys : nullptr, is_packed ? values : nullptr, {k, v, k_buffer, v_buffer}};
+  tile.next.aim(item.first_slot, item.end_slot);
+  tile.next(kTileKeys);
+  pack_queries(item, q);
   for (int32_t slot = item.first_slot; slot < item.end_slot; slot += kTileKeys) {
     const bool sees_all = tree.sees_all(slot);
     uint64_t seen[kMaxTileRows];
@@ -101,14 +118,17 @@ void TreeAttention<Quanta>::attend(const Item& item, TileScratch& scratch) {
       used |= seen[i];
     }
     if (used == 0) continue;
-    TileRows<T> pointers;
-    k.rows(slot, used, k_buffer, pointers);
-    pack_keys<Quanta>(pointers, params_.q.head_dim, keys);
-    v.rows(slot, used, v_buffer, pointers);
-    pack_values<Quanta>(pointers, params_.v_cache.head_dim, columns_, values);
+    k.rows(slot, used, k_buffer, tile.k);
+    v.rows(slot, used, v_buffer, tile.v);
+    tile.next.aim(slot + kTileKeys, item.end_slot);
+    if (is_packed) {
+      pack_keys<Quanta>(tile.k, params_.q.head_dim, keys);
+      pack_values<Quanta>(tile.v, params_.v_cache.head_dim, columns_, values);
+    }
     for (int32_t r = 0; r < rows; r += kMaxRows) {
       const int32_t num = rows - r < kMaxRows ? rows - r : kMaxRows;
-      attend_rows(q, keys, values, sees_all ? nullptr : seen, r, num, states);
+      if (is_packed) tile.next((kTileKeys + row_blocks - 1) / row_blocks);
+      attend_rows(q, tile, sees_all ? nullptr : seen, r, num, states);
     }
   }
   if (item.num_splits > 1) {
@@ -138,15 +158,22 @@ void TreeAttention<Quanta>::pack_queries(const Item& item, float* target) const 
 // Adds one tile of keys to the states of up to kMaxRows rows. `seen`: bits of each node, or null if
 // all see all.
 template <class Quanta>
-void TreeAttention<Quanta>::attend_rows(const float* q, const float* keys, const float* values,
-                                        const uint64_t* seen, int32_t first_row, int32_t rows,
+void TreeAttention<Quanta>::attend_rows(const float* q, Tile& tile, const uint64_t* seen,
+                                        int32_t first_row, int32_t rows,
                                         const RowStates& states) const {
   alignas(64) float logits[kMaxRows * kTileKeys];
   alignas(64) float probs[kMaxRows * kTileKeys];
   float scales[kMaxRows];
   constexpr int32_t kProbs = kTileKeys / Quanta::kElements;  // quanta
-  multiply<Quanta>(q + int64_t{first_row} * depth_, depth_, keys, depth_, nullptr, logits, rows,
-                   kTileKeys);
+  q += int64_t{first_row} * depth_;
+  if (tile.keys == nullptr) {
+    constexpr auto kProducts = std::make_integer_sequence<int, kMaxRows>();
+    choose_keys<Quanta, TilePrefetch<T>>(rows, kProducts)(q, depth_, tile.k, depth_, logits,
+                                                          tile.next);
+  } else {
+    multiply<Quanta>(q, depth_, PackedColumns{tile.keys, kTileKeys}, depth_, nullptr, logits, rows,
+                     kTileKeys);
+  }
   for (int32_t r = 0; r < rows; ++r) {
     float* row = logits + r * kTileKeys;
     float& largest = states.largest[first_row + r];
@@ -166,8 +193,14 @@ void TreeAttention<Quanta>::attend_rows(const float* q, const float* keys, const
     weight = weight * scales[r] + sum(added);
     Quanta::pack_probs(row, probs + r * kProbs);
   }
-  multiply<Quanta>(probs, kProbs, values, kProbs, scales,
-                   states.total + int64_t{first_row} * columns_, rows, columns_);
+  float* total = states.total + int64_t{first_row} * columns_;
+  if (tile.values == nullptr) {
+    multiply<Quanta>(probs, kProbs, ValueColumns<Quanta>{tile.v}, kProbs, scales, total, rows,
+                     columns_);
+  } else {
+    multiply<Quanta>(probs, kProbs, PackedColumns{tile.values, columns_}, kProbs, scales, total,
+                     rows, columns_);
+  }
 }
 
 // Turns q.k of a tile into masked logits. Returns the largest of them and `largest`.
