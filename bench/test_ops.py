@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from specdec_kernels.bench.cases import CASES, BenchCase
-from specdec_kernels.bench.ops import check_case, cold_copies, prepare_op
+from specdec_kernels.bench.ops import check_case, cold_copies, prepare_op, present
 from specdec_kernels.registry import BACKENDS, OPS
 
 
@@ -21,7 +21,8 @@ def _contenders() -> list[Any]:
             if BACKENDS[backend] in ("any", "cpu") and OPS[case.op].why_absent(backend) is None:
                 prepare = partial(prepare_op, OPS[case.op], backend)
                 rows.append(_row(case, backend, backend, prepare))
-        rows += [_row(case, b.name.replace(" ", "_"), None, b.prepare) for b in case.baselines]
+        for baseline in present(case.baselines):
+            rows.append(_row(case, baseline.name.replace(" ", "_"), None, baseline.prepare))
     return rows
 
 

@@ -167,7 +167,7 @@ def ops(
             quick=quick,
             progress=lambda row: step(f"{row['op']} {row['case']}"),
         )
-    publish(record, out, ops_table(record["rows"]))
+    publish(record, out, ops_table(record))
 
 
 @bench_app.command()

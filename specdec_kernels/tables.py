@@ -63,16 +63,17 @@ def e2e_table(record: dict[str, Any]) -> Table:
     return table
 
 
-def ops_table(rows: list[dict[str, Any]]) -> Table:
-    """One row per case and baseline."""
+def ops_table(record: dict[str, Any]) -> Table:
+    """One row per case and baseline; below, what is absent."""
     table = Table(
         "op",
         Column("case", overflow="fold"),
         *_numbers("us", "floor us"),
         "baseline",
         *_numbers("baseline us", "ratio"),
+        caption="\n".join(_absent(record)),
     )
-    for row in rows:
+    for row in record["rows"]:
         table.add_row(
             row["op"],
             row["case"],
@@ -85,6 +86,10 @@ def ops_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _absent(record: dict[str, Any]) -> list[str]:
+    return [f"absent: {name}: {reason}" for name, reason in record["absent"].items()]
+
+
 def gpu_table(record: dict[str, Any]) -> Table:
     """One section per case, one row per contender; below, what was wrong and what is absent."""
     rows, rates = record["rows"], record["rates"]
@@ -92,7 +97,7 @@ def gpu_table(record: dict[str, Any]) -> Table:
     notes[0] += f" ({rates['source']})"
     notes += [f"WRONG {f['op']} {f['case']} {f['contender']}: {f['error']}"
               for f in record["failures"]]  # fmt: skip
-    notes += [f"absent: {name}: {reason}" for name, reason in record["absent"].items()]
+    notes += _absent(record)
     table = Table(
         "op",
         Column("case", overflow="fold"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec_kernels.bench import machine, ops
+from specdec_kernels.bench.baselines import ROW_BY_ROW
 from specdec_kernels.bench.cases import CASES, BenchCase
 from specdec_kernels.bench.draft_laws import NetworkLaws
 from specdec_kernels.bench.e2e import read_prompts
@@ -22,7 +24,7 @@ from specdec_kernels.drafters import DraftNetwork, shipped_heads
 from specdec_kernels.hf import DraftModel, EarlyExitModel
 from specdec_kernels.hf.text import TextModel
 from specdec_kernels.registry import INTERPRETS_TRITON, OPS
-from specdec_kernels.tables import rules_table
+from specdec_kernels.tables import ops_table, rules_table
 
 FIELDS = {
     "op",
@@ -38,6 +40,18 @@ FIELDS = {
     "baseline_spread",
     "ratio",
 }
+
+
+def test_a_baseline_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = replace(ROW_BY_ROW, name="another", why_absent=lambda: "not installed")
+    case = next(case for case in CASES if case.op == "tree_mask")
+    monkeypatch.setattr(ops, "CASES", (replace(case, baselines=(ROW_BY_ROW, absent)),))
+    record = run_ops(["tree_mask"], quick=True)
+    assert [row["baseline"] for row in record["rows"]] == [ROW_BY_ROW.name]
+    assert record["absent"] == {"another": "not installed"}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(ops_table(record))
+    assert "absent: another: not installed" in console.export_text()
 
 
 def test_every_operator_has_a_bench_case() -> None:

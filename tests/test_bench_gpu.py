@@ -13,12 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from specdec_kernels.bench import gpu, gpu_baselines
+from specdec_kernels.bench import baselines, gpu
+from specdec_kernels.bench.baselines import FLEX_ATTENTION
 from specdec_kernels.bench.cases import BenchCase
 from specdec_kernels.bench.gpu import DeviceClock, gpu_cases, run_gpu
-from specdec_kernels.bench.gpu_baselines import FLASHINFER, FLEX_ATTENTION
+from specdec_kernels.bench.gpu_baselines import FLASHINFER
 from specdec_kernels.bench.ops import baseline_agrees, run_reference
 from specdec_kernels.bench.roofline import GPUS
 from specdec_kernels.cli import main
@@ -52,7 +54,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A known GPU, and FlexAttention as it is without a compiler."""
     machine = {"gpu": H100.name, "bandwidth_gbs": 1.0, "bf16_gflops": 1.0}
     monkeypatch.setattr(gpu, "describe_machine", lambda device: machine)
-    monkeypatch.setattr(gpu_baselines, "_compiled", lambda function: function)
+    monkeypatch.setattr(baselines, "_compiled_flex_attention", lambda *shapes: flex_attention)
     monkeypatch.setattr(gpu, "_QUICK_SECONDS", 0.0)
 
 
@@ -175,7 +177,7 @@ def test_an_unknown_gpu_is_measured() -> None:
 
 def test_a_wrong_mask_of_flex_attention_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison itself: bits of another tree give another result."""
-    monkeypatch.setattr(gpu_baselines, "_compiled", lambda function: function)
+    monkeypatch.setattr(baselines, "_compiled_flex_attention", lambda *shapes: flex_attention)
     case = next(c for c in gpu_cases(["tree_attention"], True) if c.sizes["N"] == 16)
     inputs = case.inputs()
     reference = run_reference(case, inputs, "cpu")

@@ -55,8 +55,7 @@ struct HeadCache {
   }
 };
 
-// Asks memory for the rows of the next tile while one is computed: caches lie in small pages, at
-// whose ends the hardware stops to look ahead.
+// Asks memory for the rows of the next tile while one is computed.
 template <class T>
 class TilePrefetch {
  public:
@@ -77,10 +76,7 @@ class TilePrefetch {
   void operator()(int32_t num) {
     for (; num > 0 && key_ < end_; --num, ++key_) {
       for (int i = 0; i < 2; ++i) {
-        if (heads_[i]->cache.stride_d != 1) continue;
-        constexpr int32_t kLine = 64 / static_cast<int32_t>(sizeof(T));
-        for (int32_t d = 0; d < heads_[i]->cache.head_dim; d += kLine)
-          __builtin_prefetch(rows_[i][key_] + d);
+        if (heads_[i]->cache.stride_d == 1) prefetch(rows_[i][key_], heads_[i]->cache.head_dim);
       }
     }
   }

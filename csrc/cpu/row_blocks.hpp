@@ -57,6 +57,7 @@ inline void read_block(const RowLogits& row, int32_t block, float* logits) {
 template <int kNum, class T>
 Float maxima_of(const T* logits) {
   if constexpr (kNum == 1) {
+    prefetch(logits + kAhead<T>, kBlock);
     return lanes_of(logits, kBlock);
   } else {
     // named: as an argument it would come second, and memory read backwards is read half as fast

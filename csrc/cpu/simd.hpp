@@ -264,6 +264,18 @@ inline Float rounded<float>(Float lanes) {
   return lanes;
 }
 
+// Asks memory for `num` values that are read soon. Tensors lie in small pages, at whose ends the
+// hardware stops to look ahead.
+template <class T>
+inline void prefetch(const T* values, int32_t num) {
+  for (int32_t i = 0; i < num; i += 64 / static_cast<int32_t>(sizeof(T)))
+    __builtin_prefetch(values + i);
+}
+
+// How far ahead of a sweep to ask.
+template <class T>
+inline constexpr int32_t kAhead = 2048 / sizeof(T);
+
 // The largest of `num` values, a multiple of kLanes, in lanes; NaN counts as -inf.
 template <class T>
 inline Float lanes_of(const T* values, int32_t num) {

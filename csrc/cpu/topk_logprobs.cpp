@@ -122,6 +122,7 @@ void top_row(const TopkLogprobsParams& params, int64_t r, Buffers& buffers) {
   double mass = 0.0;
   for (int32_t begin = 0; begin < params.vocab; begin += kBlock) {
     const int32_t num = params.vocab - begin < kBlock ? params.vocab - begin : kBlock;
+    if (params.stride_vocab == 1) prefetch(row + begin + kAhead<T>, kBlock);
     with_block(row, params.stride_vocab, begin, num, scores, [&](const auto* block) {
       const float best = largest_of(block, kBlock);
       if (best > shift) {

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from ..hf.baseline import (
@@ -47,6 +48,8 @@ class Baseline:
     prepare: Callable[[Inputs], Callable[[], Any]]
     agrees: Callable[[Run, Run], bool] | None
     """Whether its run and the reference's did the same; None where each draws its own numbers."""
+    why_absent: Callable[[], str | None] = lambda: None
+    """Why it cannot run here; None if it can."""
 
 
 def tree_bits(inputs: Inputs) -> Tensor:
@@ -79,6 +82,45 @@ def _gqa_sdpa(inputs: Inputs) -> Callable[[], Tensor]:
         return out.transpose(1, 2).contiguous()
 
     return call
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex_attention(*shapes: torch.Size) -> Callable[..., Tensor]:
+    """Compiled for these shapes, and for no others: a graph that fits several, or a fall-back past
+    the limit of recompilation, would be slower.
+    """
+    torch.compiler.reset()
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return compiled
+
+
+def _flex_attention(inputs: Inputs) -> Callable[[], Tensor]:
+    q, k, v, bits = inputs["q"], inputs["k_cache"], inputs["v_cache"], tree_bits(inputs)
+    batch, nodes, slots = len(q), q.shape[2], k.shape[2]
+    prefix = slots - nodes  # a full cache, as in `dense_mask`
+
+    def is_seen(b: Tensor, _: Tensor, node: Tensor, slot: Tensor) -> Tensor:
+        seen: Tensor = (slot < prefix) | bits[b, node, (slot - prefix).clamp_min(0)]
+        return seen
+
+    mask = create_block_mask(is_seen, batch, None, nodes, slots, device=q.device)
+    attend = _compiled_flex_attention(q.shape, k.shape, v.shape)
+
+    def call() -> Tensor:
+        out = attend(q, k, v, block_mask=mask, scale=inputs["scale"], enable_gqa=True)
+        return out.transpose(1, 2).contiguous()
+
+    return call
+
+
+def _why_no_flex_attention() -> str | None:
+    from torch._inductor import cpp_builder, exc  # seconds to import
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return "torch.compile finds no C++ compiler"
+    return None
 
 
 def same_attention(own: Run, reference: Run) -> bool:
@@ -301,6 +343,9 @@ def _pairs(own: Run, reference: Run) -> list[tuple[Tensor, Tensor]]:
 
 HF_SDPA = Baseline("hf sdpa", _hf_sdpa, same_attention)
 GQA_SDPA = Baseline("sdpa enable_gqa", _gqa_sdpa, same_attention)
+FLEX_ATTENTION = Baseline(
+    "compiled FlexAttention", _flex_attention, same_attention, _why_no_flex_attention
+)
 ARGMAX_WALK = Baseline("argmax + walk", _argmax_walk, _same_path)
 DRAW_WALK = Baseline("hf warpers + multinomial + walk", _draw_walk, None)
 ASSISTED = Baseline("hf warpers + speculative sampling", _assisted_chain, None)

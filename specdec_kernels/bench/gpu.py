@@ -17,7 +17,7 @@ import torch
 from ..registry import INTERPRETS_TRITON, OPS
 from .baselines import Inputs, Run
 from .cases import CASES, BenchCase, copy_to
-from .gpu_baselines import GPU_BASELINES, why_absent
+from .gpu_baselines import GPU_BASELINES
 from .machine import describe_machine
 from .ops import baseline_agrees, middle, operator_agrees, prepare_op, run_reference
 from .roofline import Work, published, roofline_us
@@ -134,7 +134,11 @@ def gpu_cases(ops: Sequence[str] | None, quick: bool) -> Iterator[BenchCase]:
     """The bench's cases, with the baselines that are for a GPU."""
     for case in CASES:
         if (ops is None or case.op in ops) and (case.is_quick or not quick):
-            others = [b for b in GPU_BASELINES.get(case.op, ()) if why_absent(b) is None]
+            others = [
+                other
+                for other in GPU_BASELINES.get(case.op, ())
+                if other not in case.baselines and other.why_absent() is None
+            ]
             yield replace(case, baselines=(*case.baselines, *others))
 
 
@@ -165,7 +169,7 @@ def _absent(ops: Sequence[str] | None, backends: Sequence[str]) -> dict[str, str
     chosen = [op for op in OPS.values() if ops is None or op.name in ops]
     reasons = {f"{op.name} {b}": op.why_absent(b) for op in chosen for b in backends}
     for op in chosen:
-        reasons |= {b.name: why_absent(b) for b in GPU_BASELINES.get(op.name, ())}
+        reasons |= {b.name: b.why_absent() for b in GPU_BASELINES.get(op.name, ())}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

@@ -10,38 +10,9 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from .baselines import Baseline, Inputs, dense_mask, same_attention, tree_bits
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled for the shapes that come next, and for no others: a graph that fits several, or a
-    fall-back past the limit of recompilation, would be slower.
-    """
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
-def _flex_attention(inputs: Inputs) -> Callable[[], Tensor]:
-    q, k, v, bits = inputs["q"], inputs["k_cache"], inputs["v_cache"], tree_bits(inputs)
-    batch, nodes, slots = len(q), q.shape[2], k.shape[2]
-    prefix = slots - nodes  # a full cache, as in `dense_mask`
-
-    def is_seen(b: Tensor, _: Tensor, node: Tensor, slot: Tensor) -> Tensor:
-        seen: Tensor = (slot < prefix) | bits[b, node, (slot - prefix).clamp_min(0)]
-        return seen
-
-    mask = create_block_mask(is_seen, batch, None, nodes, slots, device=q.device)
-    attend = _compiled(flex_attention)
-
-    def call() -> Tensor:
-        out: Tensor = attend(q, k, v, block_mask=mask, scale=inputs["scale"], enable_gqa=True)
-        return out.transpose(1, 2).contiguous()
-
-    return call
+from .baselines import FLEX_ATTENTION, Baseline, Inputs, dense_mask, same_attention
 
 
 def _flashinfer(inputs: Inputs) -> Callable[[], Tensor]:
@@ -59,13 +30,10 @@ def _flashinfer(inputs: Inputs) -> Callable[[], Tensor]:
     return call
 
 
-FLEX_ATTENTION = Baseline("compiled FlexAttention", _flex_attention, same_attention)
-FLASHINFER = Baseline("FlashInfer", _flashinfer, same_attention)
+def _why_no_flashinfer() -> str | None:
+    is_there = importlib.util.find_spec("flashinfer") is not None
+    return None if is_there else "flashinfer is not installed"
+
+
+FLASHINFER = Baseline("FlashInfer", _flashinfer, same_attention, _why_no_flashinfer)
 GPU_BASELINES = {"tree_attention": (FLEX_ATTENTION, FLASHINFER)}
-
-
-def why_absent(baseline: Baseline) -> str | None:
-    """Why a baseline cannot run here; None if it can."""
-    if baseline is FLASHINFER and importlib.util.find_spec("flashinfer") is None:
-        return "flashinfer is not installed"
-    return None

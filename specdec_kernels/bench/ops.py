@@ -51,7 +51,8 @@ def run_ops(
         progress: called with each row as soon as it is measured.
 
     Returns:
-        {"machine": see `describe_machine`, "rows": [one dict per case and baseline]}. A row holds
+        {"machine": see `describe_machine`, "rows": [one dict per case and baseline], "absent":
+        {baseline: why it could not run}}. A row holds
         op, case, backend, us (median), spread (interquartile range / median), floor_us (least
         traffic / measured bandwidth, or operations / measured rate where larger), num_bytes and
         num_flops (that traffic and these operations), baseline,
@@ -64,15 +65,18 @@ def run_ops(
     chosen = _select(ops, backend)
     device = "cuda" if BACKENDS.get(backend or "") == "cuda" else "cpu"
     machine = describe_machine(device)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
     for case in CASES:
         if case.op in chosen and (case.is_quick or not quick):
             seconds = _QUICK_SECONDS if quick else _SECONDS
+            reasons = {baseline.name: baseline.why_absent() for baseline in case.baselines}
+            absent |= {name: reason for name, reason in reasons.items() if reason is not None}
             for row in _measure(case, backend, device, machine, seconds):
                 rows.append(row)
                 if progress is not None:
                     progress(row)
-    return {"machine": machine, "rows": rows}
+    return {"machine": machine, "rows": rows, "absent": absent}
 
 
 def check_case(case: BenchCase, backend: str | None, device: str = "cpu") -> Run:
@@ -85,10 +89,15 @@ def check_case(case: BenchCase, backend: str | None, device: str = "cpu") -> Run
     reference = run_reference(case, inputs, device)
     if not operator_agrees(case, backend, inputs, reference, device):
         raise RuntimeError(f"{case.op} {case.name}: the result differs from the reference's")
-    for baseline in case.baselines:
+    for baseline in present(case.baselines):
         if not baseline_agrees(baseline, inputs, reference, device):
             raise RuntimeError(f"{case.op} {case.name}: {baseline.name} differs from the reference")
     return reference
+
+
+def present(baselines: Sequence[Baseline]) -> list[Baseline]:
+    """Those that can run here."""
+    return [baseline for baseline in baselines if baseline.why_absent() is None]
 
 
 def run_reference(case: BenchCase, inputs: Inputs, device: str) -> Run:
@@ -143,9 +152,10 @@ def _measure(
 ) -> list[dict[str, Any]]:
     reference = check_case(case, backend, device)
     inputs = case.inputs(device)
+    baselines = present(case.baselines)
     prepares: list[Prepare] = [
         partial(prepare_op, OPS[case.op], backend),
-        *(baseline.prepare for baseline in case.baselines),
+        *(baseline.prepare for baseline in baselines),
     ]
     work = case.work(inputs, reference.outputs)
     copies = cold_copies(inputs, work, device)
@@ -167,9 +177,7 @@ def _measure(
             "baseline_spread": other_spread,
             "ratio": round(other_us / us, 2),
         }
-        for baseline, (other_us, other_spread) in zip(
-            case.baselines, map(middle, others), strict=True
-        )
+        for baseline, (other_us, other_spread) in zip(baselines, map(middle, others), strict=True)
     ]
 
 
