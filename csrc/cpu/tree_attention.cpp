@@ -4,9 +4,11 @@
 // share the head, so K/V are read once for all of them) and a range of slots. It walks its range in
 // tiles of kTileKeys keys with an online softmax in float. Where items would be too few for the
 // threads, ranges are split, and the split that finishes last merges them by log-sum-exp. Bytes
-// moved: K and V of the visible slots, once per row tile. Delicate: keys that nobody in the row
-// tile sees are packed as zeros, because the cache may hold NaN there and 0 * NaN would reach the
-// output; a range in which a row sees nothing keeps maximum -inf and weight 0.
+// moved: K and V of the visible slots, once per row tile. Many rows multiply a packed copy of the
+// tile, few read it where it lies; either way the next tile is asked for meanwhile. Delicate: keys
+// that nobody in the row tile sees are read as zeros, because the cache may hold NaN there and
+// 0 * NaN would reach the output; a range in which a row sees nothing keeps maximum -inf and weight
+// 0.
 #include "../core/tree_attention.hpp"
 
 #include <atomic>
