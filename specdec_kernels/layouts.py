@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .ops import packed_linear, panels_of
+from .ops.packed_linear import PANEL_OUTPUTS
 from .registry import cpu_capability
 
 
@@ -26,6 +27,13 @@ class Panels:
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
         return panels_of(weight)
+
+    @staticmethod
+    def num_bytes(weight: Tensor) -> int:
+        """Of the packed copy."""
+        outputs, features = weight.shape
+        padded = (outputs + -outputs % PANEL_OUTPUTS) * (features + features % 2)
+        return padded * weight.element_size()
 
     @staticmethod
     def multiply(input: Tensor, panels: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import weakref
 from collections.abc import Iterator
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from specdec_kernels import SpeculativeDecoder, layouts
 from specdec_kernels.hf import packing
+from specdec_kernels.hf.large_pages import LargePages, aligned
 from specdec_kernels.hf.packing import packed_linears
 from specdec_kernels.layouts import OneDnn, Panels
 
@@ -124,6 +127,37 @@ def test_copies_are_made_once_and_go_with_the_model(layers) -> None:
     del layers["plain"], layers["biased"], copies, again
     gc.collect()
     assert len(packing._packed) == before
+
+
+def test_copies_in_panels_lie_side_by_side(layers, layout) -> None:
+    with packed_linears(layers, True):
+        copies = sorted((c for _, c in packing._packed.values() if layout is Panels), key=_address)
+        assert len(copies) == (2 if layout is Panels else 0)
+        for before, after in pairwise(copies):
+            assert _address(after) == _address(before) + aligned(before.nbytes)
+        assert [c.nbytes for c in copies] == [
+            Panels.num_bytes(layer.weight) for layer in (layers["plain"], layers["biased"])
+        ][: len(copies)]
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
+
+
+@pytest.mark.parametrize("has_large_pages", [False, True])
+def test_large_pages_hold_copies(monkeypatch, has_large_pages: bool) -> None:
+    if not has_large_pages:
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    tensors = [torch.randn(3, 7).bfloat16(), torch.empty(0), torch.arange(40.0).view(8, 5)]
+    pages = LargePages(t.nbytes for t in tensors)
+    copies = [pages.copy(t) for t in tensors]
+    del pages
+    gc.collect()
+    for copy, tensor in zip(copies, tensors, strict=True):
+        assert torch.equal(copy, tensor) and copy.data_ptr() % 64 == 0
+        copy.fill_(-1)  # nothing overlaps
+    for first, second in combinations([t for t in copies if t.numel()], 2):
+        assert first.data_ptr() + first.nbytes <= second.data_ptr()
 
 
 def test_float32_is_left_alone(layers) -> None:

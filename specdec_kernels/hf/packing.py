@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts import Layout, Panels, layout_of
+from .large_pages import LargePages
 
 _MOST_OF_FREE = 0.5
 """Unasked, packed copies take at most this share of the free memory."""
@@ -37,6 +38,7 @@ def packed_linears(
     linears = [] if pack is False else list(_packable_in(model, compiled))
     if pack is None and not _fits([m for m in linears if not _is_packed(m)]):
         linears = []
+    _pack([m for m in linears if not _is_packed(m)])
     with lent_forwards(linears, _forward):
         yield
 
@@ -87,7 +89,7 @@ def _layout_of(linear: nn.Linear) -> Layout:
 
 def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The layer's product, from the packed copy."""
-    weight, multiply = _copy_of(linear), _layout_of(linear).multiply
+    weight, multiply = _packed[linear][1], _layout_of(linear).multiply
     dtype, width, bias = linear.weight.dtype, linear.in_features, linear.bias
     num_outputs = linear.out_features
 
@@ -101,11 +103,16 @@ def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _copy_of(linear: nn.Linear) -> Tensor:
-    if not _is_packed(linear):
-        copy = _layout_of(linear).pack(linear.weight.detach())
+def _pack(linears: Sequence[nn.Linear]) -> None:
+    """Make the copies; those in panels in large pages, from which they stream faster."""
+    in_panels = [m.weight for m in linears if _layout_of(m) is Panels]
+    pages = LargePages(Panels.num_bytes(weight) for weight in in_panels) if in_panels else None
+    for linear in linears:
+        layout = _layout_of(linear)
+        copy = layout.pack(linear.weight.detach())
+        if pages is not None and layout is Panels:
+            copy = pages.copy(copy)
         _packed[linear] = (_state(linear.weight), copy)
-    return _packed[linear][1]
 
 
 def _is_packed(linear: nn.Linear) -> bool:
