@@ -7,6 +7,7 @@ import mmap
 import weakref
 from collections.abc import Iterator
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,23 @@ def test_large_pages_hold_copies(monkeypatch, has_large_pages: bool) -> None:
         copy.fill_(-1)  # nothing overlaps
     for first, second in combinations([t for t in copies if t.numel()], 2):
         assert first.data_ptr() + first.nbytes <= second.data_ptr()
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no transparent large pages"
+)
+def test_large_pages_are_asked_for_in_private_memory() -> None:
+    held = LargePages([2**22]).copy(torch.zeros(2**20))
+    address, inside = held.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text("ascii").splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            begin, end = (int(bound, 16) for bound in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            assert "hg" in line.split() and "sh" not in line.split()
+            return
+    raise AssertionError("not in the list of mappings")
 
 
 def test_float32_is_left_alone(layers) -> None:

@@ -27,7 +27,9 @@ class LargePages:
     """
 
     def __init__(self, sizes: Iterable[int]) -> None:
-        memory = mmap.mmap(-1, max(_ALIGNMENT, sum(map(aligned, sizes))))
+        num_bytes = max(_ALIGNMENT, sum(map(aligned, sizes)))
+        # private: shared memory, the default, has large pages by another setting
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(AttributeError, OSError):  # not every system has them
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
