@@ -105,14 +105,12 @@ def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 def _pack(linears: Sequence[nn.Linear]) -> None:
     """Make the copies; those in panels in large pages, from which they stream faster."""
-    in_panels = [m.weight for m in linears if _layout_of(m) is Panels]
-    pages = LargePages(Panels.num_bytes(weight) for weight in in_panels) if in_panels else None
+    pages = LargePages(Panels.num_bytes(m.weight) for m in linears if _layout_of(m) is Panels)
     for linear in linears:
         layout = _layout_of(linear)
         copy = layout.pack(linear.weight.detach())
-        if pages is not None and layout is Panels:
-            copy = pages.copy(copy)
-        _packed[linear] = (_state(linear.weight), copy)
+        kept = pages.copy(copy) if layout is Panels else copy
+        _packed[linear] = (_state(linear.weight), kept)
 
 
 def _is_packed(linear: nn.Linear) -> bool:
