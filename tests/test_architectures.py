@@ -13,7 +13,8 @@ from specdec_kernels import OracleDrafter, SpeculativeDecoder
 from specdec_kernels.cli import main
 from specdec_kernels.hf import support
 from specdec_kernels.hf.architectures import EXACT, REFUSED, support_rows, why_refused
-from specdec_kernels.hf.locality import Locality, visible_slots
+from specdec_kernels.hf.dense_attention import visible_slots
+from specdec_kernels.hf.locality import Locality
 
 NEW = 12
 _USUAL = """

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec_kernels.hf import locality
-from specdec_kernels.hf.locality import FULL, Locality, attend_prompt
+from specdec_kernels.hf import prompt_attention
+from specdec_kernels.hf.locality import FULL, Locality
+from specdec_kernels.hf.prompt_attention import attend_prompt
 from specdec_kernels.ops import tree_attention
 
 CASES = {
@@ -51,14 +52,16 @@ def test_both_ways_give_the_same(
 ) -> None:
     calls = []
     monkeypatch.setattr(
-        locality, "tree_attention", lambda *a, **k: calls.append(1) or tree_attention(*a, **k)
+        prompt_attention,
+        "tree_attention",
+        lambda *a, **k: calls.append(1) or tree_attention(*a, **k),
     )
-    monkeypatch.setattr(locality, "_takes_chains", lambda is_plain: True)
+    monkeypatch.setattr(prompt_attention, "_takes_chains", lambda is_plain: True)
     by_trees = _attend(case, dtype)
     assert len(calls) == (
         0 if "locality" in case and case["locality"].chunk else -(-case["size"] // 512)
     )
-    monkeypatch.setattr(locality, "_takes_chains", lambda is_plain: False)
+    monkeypatch.setattr(prompt_attention, "_takes_chains", lambda is_plain: False)
     by_torch = _attend(case, dtype)
     assert by_trees.shape == by_torch.shape == (2, case["size"], 6, 16)
     assert by_trees.is_contiguous()
@@ -81,5 +84,5 @@ def test_both_ways_give_the_same(
 def test_who_takes_chains(
     capability: str, is_plain: bool, takes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locality, "cpu_capability", lambda: capability)
-    assert locality._takes_chains(is_plain) == takes
+    monkeypatch.setattr(prompt_attention, "cpu_capability", lambda: capability)
+    assert prompt_attention._takes_chains(is_plain) == takes

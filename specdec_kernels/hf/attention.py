@@ -16,7 +16,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..drafters.growth import spread
 from ..ops import tree_attention
-from .locality import FULL, Locality, attend_densely, attend_prompt, locality_of, mark_locality
+from .dense_attention import attend_densely
+from .locality import FULL, Locality, locality_of, mark_locality
+from .prompt_attention import attend_prompt
 from .ragged import Ragged
 
 NAME = "specdec_tree"
