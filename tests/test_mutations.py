@@ -125,7 +125,10 @@ def test_without_a_mutation_every_row_is_equal(tiny_model, rows, truth) -> None:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_changes_the_output(tiny_model, rows, truth, name, monkeypatch) -> None:
     MUTATIONS[name](monkeypatch)
-    assert _num_equal(tiny_model, rows, truth) < len(rows)
+    try:
+        assert _num_equal(tiny_model, rows, truth) < len(rows)
+    except ArithmeticError as error:  # slots that nobody has written may hold anything
+        assert name == "stale slots" and "no finite value" in str(error)
 
 
 def _committed(model: PreTrainedModel, rows: list[Tensor], truth: list[list[int]]) -> bool:

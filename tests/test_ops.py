@@ -94,11 +94,19 @@ def _program_order(backend: str, seed: int) -> Any:
 
 
 def _seeded_cases() -> list[Any]:
-    return [
-        pytest.param(*row.values, seed, id=f"{row.id}-{seed}", marks=row.marks)
-        for row in _cases()
-        for seed in range(4 if row.values[1] == cuda_emulated.BACKEND else 3)
-    ]
+    """Every case with every seed, which is a program order, too. Where kernels are interpreted or
+    emulated, a case meets another order in each dtype; all orders in each are exhaustive.
+    """
+    cases = []
+    for turn, row in enumerate(_cases()):
+        backend = row.values[1]
+        seeds = range(4 if backend == cuda_emulated.BACKEND else 3)
+        is_slow = backend == cuda_emulated.BACKEND or (backend == "triton" and INTERPRETS_TRITON)
+        for seed in seeds:
+            in_turn = seed == (turn + turn // len(DTYPES)) % len(seeds) or not is_slow
+            marks = [*row.marks, *[pytest.mark.exhaustive] * (not in_turn)]
+            cases.append(pytest.param(*row.values, seed, id=f"{row.id}-{seed}", marks=marks))
+    return cases
 
 
 @pytest.mark.parametrize(("operator", "backend", "case", "dtype", "seed"), _seeded_cases())
