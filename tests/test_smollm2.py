@@ -140,7 +140,7 @@ def test_fp32_equals_generate_with_every_drafter_and_size(
     report(f"fp32, {kind}, N {nodes}, batch {batch}: equal, {mean:.2f} tokens per step")
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("temperature", [0.7, pytest.param(1.0, marks=pytest.mark.exhaustive)])
 def test_seeded_sampling_equals_plain_sampling(model, prompts, temperature: float) -> None:
     options = {"do_sample": True, "temperature": temperature, "top_p": 0.9, "max_new_tokens": 32}
     rows = sorted(prompts, key=len)[:4]
@@ -186,6 +186,7 @@ def test_bf16_parts_from_generate_only_at_near_ties(
     model, _ = load_model("smollm2", dtype=torch.bfloat16)
     model.generation_config.eos_token_id = None
     parted, gaps = 0, []
+    prompts = prompts if new == LONG else prompts[::2]
     truth = _plain(model, prompts, new)
     drafters = (  # whose trees do not hang on time, as a budget's do
         PromptLookupDrafter(16),
