@@ -17,7 +17,7 @@ from ..budget import Budget
 from ..drafters import Drafter
 from ..hf.text import Generation, TextModel
 from ..statistics import TotalStats
-from .example import example_step
+from .example import Witness
 from .machine import describe_machine
 from .ways import BASELINE, Decoding, check_modes, is_compiled, ways
 
@@ -109,7 +109,7 @@ def run_e2e(
         {"machine": see `describe_machine`, with "settings"; "summary": {mode: {category or "all":
         {"tok_s", "speedup", "tokens_per_step", "mean_tokens_per_step", "agreement"}}}; "prompts":
         [one dict per prompt]; with a drafter "statistics", `TotalStats` of "specdec", and
-        "example", see `example_step`}. A summary holds medians over prompts, `speedup` of the
+        "example", see `Witness`}. A summary holds medians over prompts, `speedup` of the
         ratios measured on the same prompt; `mean_tokens_per_step` is the mean over all verify
         steps; `agreement` is the fraction of prompts with exactly the tokens of "generate", None
         where they are sampled. The rows of a batch share its time.
@@ -121,7 +121,8 @@ def run_e2e(
     decoding = Decoding() if decoding is None else decoding
     decoding.check(modes)
     encoded = [_encode(subject, prompt, max_new_tokens) for prompt in prompts]
-    options = ways(modes, drafter, budget, decoding)
+    witness = None if drafter is None else Witness(drafter)
+    options = ways(modes, witness, budget, decoding)
     settings: dict[str, Any] = {
         "model": subject.name,
         "dtype": subject.dtype,
@@ -163,9 +164,9 @@ def run_e2e(
             records.append(_record(subject, prompts[i], encoded[i], runs, decoding.is_sampled))
     summary = {mode: _summary(mode, records, decoding.is_sampled) for mode in options}
     record = {"machine": machine, "summary": summary, "prompts": records}
-    if decoder is not None and drafter is not None:
+    if decoder is not None and witness is not None:
         record["statistics"] = decoder.totals.as_dict()
-        record["example"] = example_step(subject, encoded[-1], drafter, max_new_tokens)
+        record["example"] = witness.example(subject.decode)
     return record
 
 

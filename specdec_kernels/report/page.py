@@ -66,9 +66,17 @@ def write_page(records: Records, path: Path) -> None:
 
 
 def _origin(records: Records) -> str:
-    """Machine, versions and commit of each record."""
-    machines = [r["machine"] for r in (*records.e2e, *records.ops)]
-    lines = dict.fromkeys(_machine_line(machine) for machine in machines)
+    """Machine, versions and commit of the records, and how fast each found the machine."""
+    runs: dict[str, list[str]] = {}
+    for machine in (r["machine"] for r in (*records.e2e, *records.ops)):
+        found = f"{machine['bandwidth_gbs']:.1f} GB/s, {machine['bf16_gflops']:.0f} GFLOP/s"
+        runs.setdefault(_machine_line(machine), []).append(
+            f"{found}, load {machine['load_average']}"
+        )
+    lines = [
+        f"{line}. Read and multiplied bfloat16 at {'; '.join(dict.fromkeys(found))}."
+        for line, found in runs.items()
+    ]
     return "".join(f'<p class="dim">{escape(line)}</p>' for line in lines)
 
 
@@ -76,9 +84,7 @@ def _machine_line(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['isa']}; read {machine['bandwidth_gbs']:.1f} GB/s and multiplied bfloat16 at "
-        f"{machine['bf16_gflops']:.0f} GFLOP/s, load {machine['load_average']}; {versions}; "
-        f"commit {machine['commit'] or 'unknown'}"
+        f"{machine['isa']}; {versions}; commit {machine['commit'] or 'unknown'}"
     )
 
 
@@ -96,8 +102,8 @@ def _sections(records: Records) -> Iterator[tuple[str, str]]:
         if len(main.get("example", {}).get("path", ())) > 1:
             title = "One real step"
             note = (
-                f"The step of one answer of {settings['model']} that kept the most: the root is "
-                "the last token written, the bold path is what the model kept."
+                f"Of the steps of {settings['model']} with much to choose, the one that kept the "
+                "most: the root is the last token written, the bold path is what the model kept."
             )
             drawn = plots.both_themes(plots.tree(main["example"]), title)
             yield title, f'<div class="scroll">{drawn}</div><p class="dim">{escape(note)}</p>'
