@@ -47,6 +47,7 @@ THEMES = (
 )
 _MODES = {
     "prompt_lookup": "generate, its prompt lookup",
+    "static": "generate, its compiled static cache",
     "plain": "specdec_kernels, no drafts",
     "specdec": "specdec_kernels",
 }
@@ -76,7 +77,7 @@ def speedups(record: dict[str, Any]) -> Draw:
         for i, (mode, rows) in enumerate(summary.items()):
             at = [place + (i - (len(summary) - 1) / 2) * height for place in range(len(names))]
             values = [rows[name]["speedup"] for name in names]
-            colour = theme.colours[(i + 1) % 3] if mode != "specdec" else theme.colours[0]
+            colour = theme.colours[i + 1] if mode != "specdec" else theme.colours[0]
             bars = axes.barh(at, values, height * 0.92, color=colour, label=_MODES[mode])
             axes.bar_label(bars, [f"{v:.2f}x" for v in values], padding=3, fontsize=8)
         axes.axvline(1.0, color=theme.ink, linewidth=1)
@@ -84,7 +85,7 @@ def speedups(record: dict[str, Any]) -> Draw:
         axes.invert_yaxis()
         axes.set_xlabel("tokens per second against generate (median over prompts)")
         axes.margins(x=0.1)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if len(summary) < 4 else 2)
         return figure
 
     return draw
