@@ -9,7 +9,7 @@ from typing import Any
 from ..drafters.base import DraftContext, Drafter, Verified
 from ..tree import Proposal
 
-_FEWEST_REJECTED = 4
+_FEWEST_REJECTED = 2
 """Nodes, of an interesting tree."""
 
 
