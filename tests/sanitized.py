@@ -37,11 +37,18 @@ def program_of(tool: str) -> Path:
     return BUILD / "tests" / f"sanitized_{tool}"
 
 
-def run(program: Path, name: str, order: str) -> tuple[int, str]:
-    """Run a kernel or planted fault in an order of threads; exit code and output."""
+def run(program: Path, name: str, order: str, *, until_race: bool = False) -> tuple[int, str]:
+    """Run a kernel or planted fault in an order of threads; exit code and output.
+
+    Args:
+        until_race: end at the first data race, not at the end of the kernel.
+    """
     command = [str(program), name, order]
-    # Leaks are not looked for: fibers are never freed. A race that is reported once is enough.
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    # Leaks are not looked for: fibers are never freed.
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": f"halt_on_error={until_race:d}",
+    }
     env = {**os.environ, **options}
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if "unexpected memory mapping" in result.stderr:  # of address randomisation, with older tools

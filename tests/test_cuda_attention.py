@@ -342,6 +342,6 @@ def test_a_fault_planted_in_the_kernel_is_found(fault: str, tmp_path: Path) -> N
         replace_once(kernels / source, before, after)
 
     program = build_mutant(tool, "tree_attention", edit, tmp_path)
-    status, output = run(program, "tree_attention", "reverse")
+    status, output = run(program, "tree_attention", "reverse", until_race=True)
     assert status != 0
     assert re.search(report, output), output[:4000]

@@ -251,7 +251,7 @@ MISTAKES = {
     ),
     "write_after_read": (
         "group.cuh", "return block_turn_ ^= 1;", "return 0;", "thread",
-        r"data race .* in .*specdec::cuda::Group\b",
+        r"data race .* in specdec::cuda::Group::",
     ),
     "missing_cluster_barrier": (
         "row_law.cuh", "  group.sync();\n  double total = 0.0;",
