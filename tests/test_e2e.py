@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from byte_model import POSITIONS, greedy_tokens, save_byte_model
 from rich.console import Console
 
 from specdec_kernels.bench.e2e import Prompt, read_prompts, run_e2e, select_prompts
+from specdec_kernels.bench.example import Witness
 from specdec_kernels.bench.ways import MODES, Decoding, ways
 from specdec_kernels.cli import main
-from specdec_kernels.drafters import PromptLookupDrafter
+from specdec_kernels.drafters import Drafter, PromptLookupDrafter
+from specdec_kernels.drafters.base import Verified
 from specdec_kernels.hf.text import TextModel
 from specdec_kernels.tables import e2e_table
+from specdec_kernels.tree import TokenTree
 
 FP32 = ["--dtype", "fp32"]
 EAGER = [mode for mode in MODES if mode != "static"]
@@ -279,3 +283,43 @@ def test_a_limit_spreads_over_each_category() -> None:
     assert [p.question_id for p in chosen] == [1, 5, 9, 13, 17]
     assert len(select_prompts(prompts, limit=50)) == 20
     assert {p.category for p in read_prompts()} > {"mt_bench", "qa"}
+
+
+def test_the_witness_of_the_drawn_step_hands_every_call_on() -> None:
+    calls: list[str] = []
+
+    class Recording(Drafter):
+        max_nodes, wants_budget = 9, True
+
+        def attach(self, target: object) -> AbstractContextManager[object]:
+            calls.append("attach")
+            return nullcontext()
+
+        def begin(self, batch: int) -> None:
+            calls.append("begin")
+
+        def propose(self, context: object) -> Any:
+            calls.append("propose")
+            return "its proposal"
+
+        def observe(self, verified: Verified) -> None:
+            calls.append("observe")
+
+        def end(self, sequences: object, num_prompt: object) -> None:
+            calls.append("end")
+
+    witness: Any = Witness(Recording())
+    assert (witness.max_nodes, witness.wants_budget, str(witness)) == (9, True, "Recording")
+    tree = TokenTree.from_rows([([4, 5, 6, 7, 8, 9], [-1, 0, 0, 1, 1, 2])])
+    with witness.attach(None):
+        witness.begin(1)
+        assert witness.propose(None) == "its proposal"
+        for path in ([0, 2], [0, 1, 3], [0]):
+            witness.observe(Verified(tree, torch.zeros(1, 6, 9), [path], [[4]]))
+        witness.end([[4]], [1])
+    assert calls == ["attach", "begin", "propose", "observe", "observe", "observe", "end"]
+    assert witness.example(str) == {
+        "tokens": ["[4]", "[5]", "[6]", "[7]", "[8]", "[9]"],
+        "parents": [-1, 0, 0, 1, 1, 2],
+        "path": [0, 1, 3],
+    }

@@ -95,6 +95,19 @@ def test_a_record_alone_makes_a_page_of_its_own(records, tmp_path) -> None:
     assert "GPU what-if" not in _page(records[2:3], tmp_path)  # trees sized by cost tell no tau(N)
 
 
+def test_a_machine_is_named_once_with_what_each_run_found(records, tmp_path: Path) -> None:
+    faster = json.loads(records[0].read_text())
+    faster["machine"] |= {"bandwidth_gbs": 12345.6, "commit": "abcdef0"}
+    other = json.loads(json.dumps(faster))
+    other["machine"] |= {"bandwidth_gbs": 6543.2}
+    paths = [tmp_path / "faster.json", tmp_path / "other.json"]
+    for path, record in zip(paths, (faster, other), strict=True):
+        path.write_text(json.dumps(record))
+    page = _page(paths, tmp_path)
+    assert page.count("commit abcdef0") == 1
+    assert "12345.6 GB/s" in page and "6543.2 GB/s" in page
+
+
 def test_the_record_with_the_budget_is_the_main_one(records) -> None:
     read = read_records(records)
     assert read.main is not None and read.main["machine"]["settings"]["budget"] is None
