@@ -1,9 +1,9 @@
 """Layouts of weights in which a product with a few rows runs at the speed of the memory.
 
-PyTorch's own product of so few bfloat16 rows is far from it. Where the CPU multiplies bfloat16,
-oneDNN's blocked layout halves its time: the layout that `torch.compile` packs its constants into,
-by the operators that it uses. Where it does not, oneDNN emulates, and `ops.packed_linear` takes its
-place.
+PyTorch's own product of so few bfloat16 rows is far from it. `ops.packed_linear` takes its place
+where it has the instructions; elsewhere oneDNN's blocked layout halves the time, if oneDNN
+multiplies the dtype on this CPU: the layout that `torch.compile` packs its constants into, by the
+operators that it uses.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.nn.functional import linear
 from .ops import packed_linear, panels_of
 from .ops.packed_linear import PANEL_OUTPUTS
 from .registry import cpu_capability
+
+_WITH_PANELS = ("avx2", "avx512", "avx512_bf16")
 
 
 class Panels:
@@ -65,7 +67,7 @@ Layout = type[Panels] | type[OneDnn]
 @functools.cache
 def layout_for(dtype: torch.dtype) -> Layout | None:
     """The faster layout on this CPU; None for a dtype that is left alone."""
-    if dtype == torch.bfloat16 and cpu_capability() in ("avx2", "avx512"):
+    if dtype == torch.bfloat16 and cpu_capability() in _WITH_PANELS:
         return Panels
     operators = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):

@@ -232,6 +232,14 @@ def cpu_capability() -> str:
     return str(_native_op("cpu_capability")()) if NATIVE_LIBRARY.exists() else "none"
 
 
+def has_matrix_tiles() -> bool:
+    """Whether the CPU multiplies tiles of bfloat16 (AMX): by these oneDNN, but no kernel here,
+    makes several times as many products of many rows in the same time.
+    """
+    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return ask is not None and bool(ask())
+
+
 def _native_op(name: str) -> Callable[..., Any]:
     operator: Callable[..., Any] = getattr(getattr(torch.ops, f"{NAMESPACE}_native"), name).default
     return operator

@@ -75,6 +75,23 @@ def test_products_are_those_of_the_layer(layers, name: str, rows: tuple[int, ...
     torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [packing._TILE_ROWS - 1, packing._TILE_ROWS])
+def test_matrix_tiles_take_many_rows(layers, layout, rows: int, monkeypatch) -> None:
+    monkeypatch.setattr(packing, "has_matrix_tiles", lambda: True)
+    multiplied = []
+    multiply = layout.multiply
+    monkeypatch.setattr(
+        layout,
+        "multiply",
+        staticmethod(lambda x, *rest: multiplied.append(x.shape) or multiply(x, *rest)),
+    )
+    with packed_linears(layers, True):
+        layers["plain"](torch.zeros(2, rows // 2, 96).bfloat16())
+        layers["plain"](torch.zeros(rows, 96).bfloat16())
+    has_own_product = layout is Panels and rows == packing._TILE_ROWS
+    assert len(multiplied) == (0 if has_own_product else 2)
+
+
 def test_layers_are_given_back_even_after_an_error(layers) -> None:
     with (
         pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"),

@@ -70,19 +70,21 @@ def test_both_ways_give_the_same(
 
 
 @pytest.mark.parametrize(
-    ("capability", "is_plain", "takes"),
+    ("capability", "has_tiles", "is_plain", "takes"),
     [
-        ("default", True, False),
-        ("default", False, False),
-        ("avx2", True, True),
-        ("avx512", False, True),
-        ("avx512_bf16", True, False),
-        ("avx512_bf16", False, True),
-        ("none", False, False),
+        ("default", False, True, False),
+        ("default", False, False, False),
+        ("avx2", False, True, True),
+        ("avx512", False, False, True),
+        ("avx512_bf16", False, True, True),
+        ("avx512_bf16", True, True, False),
+        ("avx512_bf16", True, False, True),
+        ("none", False, False, False),
     ],
 )
 def test_who_takes_chains(
-    capability: str, is_plain: bool, takes: bool, monkeypatch: pytest.MonkeyPatch
+    capability: str, has_tiles: bool, is_plain: bool, takes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompt_attention, "cpu_capability", lambda: capability)
+    monkeypatch.setattr(prompt_attention, "has_matrix_tiles", lambda: has_tiles)
     assert prompt_attention._takes_chains(is_plain) == takes

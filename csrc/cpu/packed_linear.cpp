@@ -1,5 +1,6 @@
 // A few rows times bfloat16 weights that lie in panels of 16 outputs, two features side by side:
-// one 32-bit lane is a pair of weights of one output, widened by a shift and a mask.
+// one 32-bit lane is a pair of weights of one output, multiplied as it is where the CPU multiplies
+// pairs of bfloat16, else widened by a shift and a mask.
 //
 // A task owns some panels and all rows, so that every weight of few rows comes from memory once; of
 // more rows than its cache holds, a task takes as many as that at a time. It goes through its
@@ -12,10 +13,17 @@
 #include "parallel.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
+#include "tile.hpp"
 
 namespace specdec::SPECDEC_ISA {
 namespace {
 
+#if defined(__AVX512BF16__)
+using Quanta = Bfloat16Pairs;
+#else
+using Quanta = FloatQuanta<Bfloat16>;
+#endif
+constexpr int32_t kQuantaPerPair = 2 / Quanta::kElements;
 constexpr int32_t kColumnsPerPanel = kPanelOutputs / kLanes;
 constexpr int64_t kMinBytes = 32768;  // of weights that are worth a thread
 #if defined(__AVX512F__)
@@ -27,8 +35,8 @@ constexpr int kAccumulators = 8, kMaxColumns = 2;
 #endif
 constexpr int kBlockRows = kAccumulators / 2;  // so that a load of x serves two columns
 constexpr int64_t kPairBytes = kPanelOutputs * 4, kNearAhead = 1024;
-constexpr int64_t kRowsBytes = 262144;       // of rows as floats that stay in a core's cache
-constexpr int64_t kWidenedByThread = 32768;  // values of rows that are worth a thread
+constexpr int64_t kRowsBytes = 262144;      // of rows in quanta that stay in a core's cache
+constexpr int64_t kPackedByThread = 32768;  // quanta of rows that are worth a thread
 
 // As many as there are accumulators for, in whole panels if that is one or more.
 constexpr int columns_for(int rows) {
@@ -52,7 +60,17 @@ struct Ahead {
   int64_t first, step;
 };
 
-// out[r, column] for kRows rows of x [features, kRows] and kColumns columns, neighbours.
+void unpack(Float pairs, Float* quanta) {
+  if constexpr (kQuantaPerPair == 1) {
+    quanta[0] = pairs;
+  } else {
+    const Uint raw = reinterpret_cast<Uint>(pairs);
+    quanta[0] = reinterpret_cast<Float>(raw << 16);
+    quanta[1] = reinterpret_cast<Float>(raw & 0xFFFF0000u);
+  }
+}
+
+// out[r, column] for kRows rows of x [quanta of features, kRows] and kColumns columns, neighbours.
 template <int kRows, int kColumns>
 void multiply_columns(const PackedWeight& weight, int32_t features, const float* x,
                       int32_t first_row, const Column* columns, Ahead ahead) {
@@ -65,23 +83,22 @@ void multiply_columns(const PackedWeight& weight, int32_t features, const float*
   const float* pairs[kColumns];
   for (int c = 0; c < kColumns; ++c) pairs[c] = columns[c].pairs;
   const int32_t num_pairs = (features + 1) / 2;
-  for (int32_t k = 0; k < num_pairs; ++k, x += 2 * kRows, ahead.first += ahead.step) {
-    Float even[kColumns], odd[kColumns];
+  for (int32_t k = 0; k < num_pairs; ++k, x += kQuantaPerPair * kRows, ahead.first += ahead.step) {
+    Float quanta[kColumns][kQuantaPerPair];
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
       if (c % kColumnsPerPanel == 0)
         __builtin_prefetch(reinterpret_cast<const char*>(pairs[c]) + ahead.first);
-      const Uint raw = reinterpret_cast<Uint>(load(pairs[c] + int64_t{k} * kPanelOutputs));
-      even[c] = reinterpret_cast<Float>(raw << 16);
-      odd[c] = reinterpret_cast<Float>(raw & 0xFFFF0000u);
+      unpack(load(pairs[c] + int64_t{k} * kPanelOutputs), quanta[c]);
     }
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      const Float first = splat(x[r]), second = splat(x[kRows + r]);
+      Float row[kQuantaPerPair];
+      for (int i = 0; i < kQuantaPerPair; ++i) row[i] = splat(x[i * kRows + r]);
 #pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) {
-        sums[r][c] = multiply_add(first, even[c], sums[r][c]);
-        sums[r][c] = multiply_add(second, odd[c], sums[r][c]);
+        for (int i = 0; i < kQuantaPerPair; ++i)
+          sums[r][c] = Quanta::multiply_add(row[i], quanta[c][i], sums[r][c]);
       }
     }
   }
@@ -122,21 +139,23 @@ MultiplyColumns choose(int rows, int columns, std::integer_sequence<int, kRows..
   return kByRows[rows - 1](columns);
 }
 
-// Rows [first, first + rows) as floats, [features rounded up to pairs, rows]; up to kLanes floats
+// Rows [first, first + rows) as x [quanta of features, in whole pairs, rows]; up to kLanes floats
 // behind them may change, too.
-void widen(const PackedRows& input, int32_t first, int32_t rows, float* x) {
+void pack_rows(const PackedRows& input, int32_t first, int32_t rows, float* x) {
+  constexpr int32_t kWidth = kLanes * Quanta::kElements;
   const Bfloat16* source = input.x + first * input.stride_row;
-  const int32_t whole = input.features / kLanes * kLanes;
+  const int32_t whole = input.features / kWidth * kWidth;
   for (int32_t top = 0; top < rows; top += kLanes) {
     const int32_t count = rows - top < kLanes ? rows - top : kLanes;
-    for (int32_t f = 0; f < whole; f += kLanes) {
+    float* target = x + top;
+    for (int32_t f = 0; f < whole; f += kWidth) {
       Float lanes[kLanes];
       for (int32_t r = 0; r < kLanes; ++r) {
-        lanes[r] = r < count ? load(source + (top + r) * input.stride_row + f) : Float{};
+        lanes[r] =
+            r < count ? Quanta::load_quanta(source + (top + r) * input.stride_row + f) : Float{};
       }
       transpose(lanes);
-      for (int32_t i = 0; i < kLanes; ++i) {
-        float* target = x + int64_t{f + i} * rows + top;
+      for (int32_t i = 0; i < kLanes; ++i, target += rows) {
         if (count == kLanes || rows == count) {  // what is behind the last row comes later
           store(target, lanes[i]);
         } else {
@@ -145,10 +164,13 @@ void widen(const PackedRows& input, int32_t first, int32_t rows, float* x) {
       }
     }
   }
-  for (int32_t f = whole; f < round_up(input.features, 2); ++f) {
+  Bfloat16 last[2] = {};  // of an odd number of features: the last one and a zero
+  for (int32_t f = whole; f < round_up(input.features, 2); f += Quanta::kElements) {
     for (int32_t r = 0; r < rows; ++r) {
-      const bool is_there = f < input.features;
-      x[int64_t{f} * rows + r] = is_there ? to_float(source[r * input.stride_row + f]) : 0.0f;
+      const Bfloat16* row = source + r * input.stride_row;
+      last[0] = f < input.features ? row[f] : Bfloat16{};
+      last[1] = f + 1 < input.features ? row[f + 1] : Bfloat16{};
+      Quanta::pack(last, x + int64_t{f / Quanta::kElements} * rows + r);
     }
   }
 }
@@ -165,20 +187,21 @@ void multiply_packed(const PackedRows& input, const PackedWeight* weights, int n
     return static_cast<int32_t>(int64_t{input.rows} * block / num_blocks);
   };
   thread_local Scratch<float> scratch;
-  const int64_t padded = (int64_t{input.features} + 1) / 2 * 2;
-  float* x = scratch.reserve(padded * input.rows + int64_t{num_blocks} * kLanes);
+  const int64_t num_pairs = (int64_t{input.features} + 1) / 2;
+  const int64_t num_quanta = num_pairs * kQuantaPerPair;  // of a row
+  float* x = scratch.reserve(num_quanta * input.rows + int64_t{num_blocks} * kLanes);
   const auto rows_of = [&](int32_t block) {
-    return x + padded * block_begin(block) + int64_t{block} * kLanes;
+    return x + num_quanta * block_begin(block) + int64_t{block} * kLanes;
   };
-  parallel_for(num_blocks, 1 + kWidenedByThread / (padded * kBlockRows + 1),
+  parallel_for(num_blocks, 1 + kPackedByThread / (num_quanta * kBlockRows + 1),
                [&](int64_t first, int64_t last) {
                  for (auto block = static_cast<int32_t>(first); block < last; ++block) {
                    const int32_t begin = block_begin(block);
-                   widen(input, begin, block_begin(block + 1) - begin, rows_of(block));
+                   pack_rows(input, begin, block_begin(block + 1) - begin, rows_of(block));
                  }
                });
-  const int64_t num_pairs = padded / 2, panel_bytes = num_pairs * kPairBytes;
-  const auto num_near = static_cast<int32_t>(1 + kRowsBytes / (padded * kBlockRows * 4 + 1));
+  const int64_t panel_bytes = num_pairs * kPairBytes;
+  const auto num_near = static_cast<int32_t>(1 + kRowsBytes / (num_quanta * kBlockRows * 4 + 1));
   const int32_t step = columns_for((input.rows + num_blocks - 1) / num_blocks);
   const int64_t group_bytes = (step + kColumnsPerPanel - 1) / kColumnsPerPanel * panel_bytes;
   // Every block of rows prefetches an equal share of the next group, so that memory never rests;

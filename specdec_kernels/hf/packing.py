@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts import Layout, Panels, layout_of
+from ..registry import has_matrix_tiles
 from .large_pages import LargePages
 
 _MOST_OF_FREE = 0.5
 """Unasked, packed copies take at most this share of the free memory."""
+_TILE_ROWS = 64
+"""From so many rows on matrix tiles, where the CPU has them, are worth the layer's own weight."""
 _Module = TypeVar("_Module", bound=nn.Module)
 _CGROUP = Path("/sys/fs/cgroup")
 _packed: weakref.WeakKeyDictionary[nn.Linear, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
@@ -89,14 +93,16 @@ def _layout_of(linear: nn.Linear) -> Layout:
 
 def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The layer's product, from the packed copy."""
-    weight, multiply = _packed[linear][1], _layout_of(linear).multiply
+    layout = _layout_of(linear)
+    weight, multiply = _packed[linear][1], layout.multiply
+    most = _TILE_ROWS - 1 if layout is Panels and has_matrix_tiles() else sys.maxsize
     dtype, width, bias = linear.weight.dtype, linear.in_features, linear.bias
     num_outputs = linear.out_features
 
     def forward(input: Tensor) -> Tensor:
         fits = input.dtype == dtype and input.dim() > 1 and input.shape[-1] == width
         # The product itself checks nothing.
-        if not fits or input.numel() == 0 or torch.is_grad_enabled():
+        if not fits or not 0 < input.numel() <= most * width or torch.is_grad_enabled():
             return nn.functional.linear(input, linear.weight, bias)
         return multiply(input, weight, bias, num_outputs)
 
