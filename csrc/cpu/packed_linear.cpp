@@ -18,10 +18,16 @@
 namespace specdec::SPECDEC_ISA {
 namespace {
 
+// Where to prefetch to, as __builtin_prefetch says it (2: past the first cache, which has room for
+// few requests), and how far ahead.
 #if defined(__AVX512BF16__)
 using Quanta = Bfloat16Pairs;
+constexpr int kCache = 2;
+constexpr int64_t kNearAhead = 2048;
 #else
 using Quanta = FloatQuanta<Bfloat16>;
+constexpr int kCache = 3;
+constexpr int64_t kNearAhead = 1024;
 #endif
 constexpr int32_t kQuantaPerPair = 2 / Quanta::kElements;
 constexpr int32_t kColumnsPerPanel = kPanelOutputs / kLanes;
@@ -34,7 +40,7 @@ constexpr int kAccumulators = 10, kMaxColumns = 4;  // of 16
 constexpr int kAccumulators = 8, kMaxColumns = 2;
 #endif
 constexpr int kBlockRows = kAccumulators / 2;  // so that a load of x serves two columns
-constexpr int64_t kPairBytes = kPanelOutputs * 4, kNearAhead = 1024;
+constexpr int64_t kPairBytes = kPanelOutputs * 4;
 constexpr int64_t kRowsBytes = 262144;      // of rows in quanta that stay in a core's cache
 constexpr int64_t kPackedByThread = 32768;  // quanta of rows that are worth a thread
 
@@ -88,7 +94,7 @@ void multiply_columns(const PackedWeight& weight, int32_t features, const float*
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
       if (c % kColumnsPerPanel == 0)
-        __builtin_prefetch(reinterpret_cast<const char*>(pairs[c]) + ahead.first);
+        __builtin_prefetch(reinterpret_cast<const char*>(pairs[c]) + ahead.first, 0, kCache);
       unpack(load(pairs[c] + int64_t{k} * kPanelOutputs), quanta[c]);
     }
 #pragma GCC unroll 12
