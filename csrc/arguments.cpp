@@ -169,6 +169,18 @@ TreeAttentionParams tree_attention_params(const TensorView& q, const TensorView&
   };
 }
 
+void check_lengths(const TreeAttentionParams& params) {
+  int64_t last = INT32_MIN;
+  bool is_negative = false;
+  for (int64_t b = 0; b < params.batch; ++b) {
+    last = std::max(last, int64_t{params.lengths[b]} + params.num_nodes[b]);
+    is_negative |= params.lengths[b] < 0;
+  }
+  if (last > params.capacity || is_negative) {
+    fail("tree_attention: lengths + num_nodes must be in [0, %ld], got %ld", params.capacity, last);
+  }
+}
+
 void check_max_nodes(int64_t max_nodes) {
   if (max_nodes < 1) fail("build_tree: max_nodes must be >= 1, got %ld", max_nodes);
 }

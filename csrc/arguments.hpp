@@ -72,6 +72,9 @@ TreeAttentionParams tree_attention_params(const TensorView& q, const TensorView&
                                           const TensorView& out, const OptionalView& lse,
                                           double scale, int64_t window, double softcap);
 
+// What the reference rejects in the contents of tensors, where the host sees them.
+void check_lengths(const TreeAttentionParams& params);
+
 // The results of build_tree, contiguous.
 struct BuiltTree {
   int64_t* tokens;     // [B, N]

@@ -56,19 +56,6 @@ auto build_tree_cpu(const Tensor& roots, const Tensor& candidates, const Tensor&
   return released(tokens, parents, num_nodes, scores);
 }
 
-// What the reference rejects in tensor contents.
-void check_lengths(const TreeAttentionParams& params) {
-  int64_t last = INT32_MIN;
-  bool is_negative = false;
-  for (int64_t b = 0; b < params.batch; ++b) {
-    last = std::max(last, int64_t{params.lengths[b]} + params.num_nodes[b]);
-    is_negative |= params.lengths[b] < 0;
-  }
-  if (last > params.capacity || is_negative) {
-    fail("tree_attention: lengths + num_nodes must be in [0, %ld], got %ld", params.capacity, last);
-  }
-}
-
 std::tuple<Tensor, Tensor> tree_attention_cpu(const Tensor& q, const Tensor& k_cache,
                                               const Tensor& v_cache, const Tensor& ancestors,
                                               const Tensor& depths, const Tensor& lengths,

@@ -4,9 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "core/after_attention.hpp"
 #include "core/before_attention.hpp"
+#include "core/layer_stack.hpp"
 #include "cpu/error.hpp"
 #include "cpu/kernels.hpp"
 #include "shape_table.hpp"
@@ -94,6 +97,43 @@ struct PackedTensors {
   }
 };
 
+// What does not change from layer to layer of a model.
+BeforeAttentionParams before_attention_params(const Tensor& cos, const Tensor& sin,
+                                              int64_t features, int64_t num_heads,
+                                              int64_t num_groups, double epsilon) {
+  BeforeAttentionParams params{};
+  params.cos = data<Bfloat16>(cos);
+  params.sin = data<Bfloat16>(sin);
+  params.stride_cos_b = cos.stride(0);
+  params.stride_cos_n = cos.stride(1);
+  params.stride_sin_b = sin.stride(0);
+  params.stride_sin_n = sin.stride(1);
+  params.batch = int32(cos.size(0));
+  params.nodes = int32(cos.size(1));
+  params.features = int32(features);
+  params.heads = int32(num_heads);
+  params.groups = int32(num_groups);
+  params.head_dim = int32(cos.size(2));
+  params.epsilon = static_cast<float>(epsilon);
+  return params;
+}
+
+AfterAttentionParams after_attention_params(const TensorView& attended, int64_t features,
+                                            double epsilon) {
+  AfterAttentionParams params{};
+  params.attended = attended.as<Bfloat16>();
+  params.stride_attended_b = attended.stride(0);
+  params.stride_attended_h = attended.stride(1);
+  params.stride_attended_n = attended.stride(2);
+  params.batch = int32(attended.size(0));
+  params.nodes = int32(attended.size(2));
+  params.features = int32(features);
+  params.heads = int32(attended.size(1));
+  params.value_dim = int32(attended.size(3));
+  params.epsilon = static_cast<float>(epsilon);
+  return params;
+}
+
 auto before_attention_cpu(const Tensor& x, const Tensor& norm_weight, double epsilon,
                           const Tensor& q_panels, const Tensor& k_panels, const Tensor& v_panels,
                           const Tensor& cos, const Tensor& sin, int64_t num_heads,
@@ -116,31 +156,17 @@ auto before_attention_cpu(const Tensor& x, const Tensor& norm_weight, double eps
   // In the order of its product.
   const int64_t v_strides[] = {nodes * num_groups * dim, dim, num_groups * dim, 1};
   Output v_out({batch, num_groups, nodes, dim}, v_strides, ScalarType::BFloat16);
-  cpu_kernels().before_attention({
-      .x = data<Bfloat16>(rows),
-      .norm_weight = data<Bfloat16>(scale),
-      .q = q.layer(),
-      .k = k.layer(),
-      .v = v.layer(),
-      .q_norm_weight = data<Bfloat16>(q_scale),
-      .k_norm_weight = data<Bfloat16>(k_scale),
-      .cos = data<Bfloat16>(cosines),
-      .sin = data<Bfloat16>(sines),
-      .q_out = q_out.data<Bfloat16>(),
-      .k_out = k_out.data<Bfloat16>(),
-      .v_out = v_out.data<Bfloat16>(),
-      .stride_cos_b = cosines.stride(0),
-      .stride_cos_n = cosines.stride(1),
-      .stride_sin_b = sines.stride(0),
-      .stride_sin_n = sines.stride(1),
-      .batch = int32(batch),
-      .nodes = int32(nodes),
-      .features = int32(features),
-      .heads = int32(num_heads),
-      .groups = int32(num_groups),
-      .head_dim = int32(dim),
-      .epsilon = static_cast<float>(epsilon),
-  });
+  BeforeAttentionParams params =
+      before_attention_params(cosines, sines, features, num_heads, num_groups, epsilon);
+  params.x = data<Bfloat16>(rows);
+  params.norm_weight = data<Bfloat16>(scale);
+  params.q = q.layer(), params.k = k.layer(), params.v = v.layer();
+  params.q_norm_weight = data<Bfloat16>(q_scale);
+  params.k_norm_weight = data<Bfloat16>(k_scale);
+  params.q_out = q_out.data<Bfloat16>();
+  params.k_out = k_out.data<Bfloat16>();
+  params.v_out = v_out.data<Bfloat16>();
+  cpu_kernels().before_attention(params);
   return released(q_out, k_out, v_out);
 }
 
@@ -161,25 +187,127 @@ auto after_attention_cpu(const Tensor& attended, const Tensor& residual, const T
   const Tensor values = with_unit_stride(attended), rows = packed(residual);
   const Tensor scale = packed(norm_weight);
   Output out({batch, nodes, features}, ScalarType::BFloat16);
-  cpu_kernels().after_attention({
-      .attended = data<Bfloat16>(values),
-      .residual = data<Bfloat16>(rows),
-      .norm_weight = data<Bfloat16>(scale),
-      .o = o.layer(),
-      .gate = gate.layer(),
-      .up = up.layer(),
-      .down = down.layer(),
-      .out = out.data<Bfloat16>(),
-      .stride_attended_b = values.stride(0),
-      .stride_attended_h = values.stride(1),
-      .stride_attended_n = values.stride(2),
-      .batch = int32(batch),
-      .nodes = int32(nodes),
-      .features = int32(features),
-      .heads = int32(heads),
-      .value_dim = int32(value_dim),
-      .epsilon = static_cast<float>(epsilon),
-  });
+  AfterAttentionParams params = after_attention_params(view(values), features, epsilon);
+  params.residual = data<Bfloat16>(rows);
+  params.norm_weight = data<Bfloat16>(scale);
+  params.o = o.layer(), params.gate = gate.layer(), params.up = up.layer();
+  params.down = down.layer();
+  params.out = out.data<Bfloat16>();
+  cpu_kernels().after_attention(params);
+  return released(out);
+}
+
+// Lists of so many tensors, or where they may be left out, of none.
+void check_count(const char* name, size_t got, size_t wanted, size_t num_layers,
+                 bool is_optional = false) {
+  if (got == wanted || (is_optional && got == 0)) return;
+  fail("layer_stack: %s must be %s%zu for %zu layers, got %zu", name, is_optional ? "0 or " : "",
+       wanted, num_layers, got);
+}
+
+auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                     std::vector<Tensor> k_caches, std::vector<Tensor> v_caches,
+                     const Tensor& ancestors, const Tensor& depths, const Tensor& lengths,
+                     const Tensor& num_nodes, std::vector<Tensor> norm_weights,
+                     std::vector<Tensor> panels, std::vector<Tensor> biases,
+                     std::vector<Tensor> head_norm_weights, std::vector<int64_t> windows,
+                     int64_t num_heads, int64_t num_hidden, double epsilon, double scale,
+                     double softcap) {
+  const char* op = "layer_stack";
+  check_shapes(op, {x, cos, sin, k_caches, v_caches, ancestors, depths, lengths, num_nodes,
+                    norm_weights, panels, biases, head_norm_weights});
+  const size_t num = k_caches.size();
+  if (num == 0) fail("%s: k_caches must be of one layer or more, got none", op);
+  check_count("v_caches", v_caches.size(), num, num);
+  check_count("norm_weights", norm_weights.size(), 2 * num, num);
+  check_count("panels", panels.size(), 7 * num, num);
+  check_count("biases", biases.size(), 7 * num, num, true);
+  check_count("head_norm_weights", head_norm_weights.size(), 2 * num, num, true);
+  check_count("windows", windows.size(), num, num);
+  const int64_t batch = x.size(0), nodes = x.size(1), features = x.size(2), dim = cos.size(2);
+  const int64_t num_groups = k_caches[0].size(1);
+  if (dim % 2 != 0) fail("%s: D must be even, got %ld", op, dim);
+  if (num_groups == 0 || num_heads % num_groups != 0) {
+    fail("%s: num_heads must be a multiple of key/value heads, got %ld and %ld", op, num_heads,
+         num_groups);
+  }
+  const Tensor rows = packed(x), cosines = with_unit_stride(cos), sines = with_unit_stride(sin);
+  const Tensor bits = packed(ancestors), levels = packed(depths);
+  const Tensor starts = packed(lengths), sizes = packed(num_nodes);
+  std::vector<Tensor> kept;  // copies of what is not contiguous
+  const auto values = [&](const Tensor& tensor) {
+    return data<Bfloat16>(kept.emplace_back(packed(tensor)));
+  };
+
+  // Each layer finds in `out` what the one before it left there.
+  Output q({batch, num_heads, nodes, dim}, ScalarType::BFloat16);
+  Output k({batch, num_groups, nodes, dim}, ScalarType::BFloat16);
+  Output v({batch, nodes, num_groups, dim}, ScalarType::BFloat16);
+  Output attended({batch, nodes, num_heads, dim}, ScalarType::BFloat16);
+  Output out({batch, nodes, features}, ScalarType::BFloat16);
+  const auto by_head = [&](const Output& heads, int64_t count) -> TensorView {
+    return {heads.data<void>(),
+            DType::kBfloat16,
+            {batch, count, nodes, dim},
+            {count * nodes * dim, nodes * dim, dim, 1}};
+  };
+  const auto by_node = [&](const Output& heads, int64_t count) -> TensorView {
+    return {heads.data<void>(),
+            DType::kBfloat16,
+            {batch, count, nodes, dim},
+            {count * nodes * dim, dim, count * dim, 1}};
+  };
+  const TensorView attended_view{
+      attended.data<void>(), DType::kBfloat16, {batch, nodes, num_heads, dim}, {}};
+  const BeforeAttentionParams before =
+      before_attention_params(cosines, sines, features, num_heads, num_groups, epsilon);
+  const AfterAttentionParams after =
+      after_attention_params(by_node(attended, num_heads), features, epsilon);
+  std::vector<StackedLayer> layers;
+  layers.reserve(num);
+  for (size_t i = 0; i < num; ++i) {
+    const auto linear = [&](size_t j, const char* name, int64_t outputs, int64_t inputs) {
+      const bool has_bias = !biases.empty() && biases[7 * i + j].size(0) > 0;
+      const OptionalTensor bias = has_bias ? OptionalTensor(biases[7 * i + j]) : std::nullopt;
+      const Tensor& weight = panels[7 * i + j];
+      check_panels(op, ("layer " + std::to_string(i) + ": " + name).c_str(), weight, outputs,
+                   inputs, bias);
+      return PackedLayer{values(weight), bias ? values(*bias) : nullptr, int32(outputs)};
+    };
+    const TensorView k_cache = mutable_view(k_caches[i]), v_cache = mutable_view(v_caches[i]);
+    StackedLayer& layer = layers.emplace_back(StackedLayer{
+        before,
+        write_kv_params(by_head(k, num_groups), by_node(v, num_groups), k_cache, v_cache,
+                        view(starts), view(sizes), std::nullopt),
+        tree_attention_params(by_head(q, num_heads), k_cache, v_cache, view(bits), view(levels),
+                              view(starts), view(sizes), std::nullopt, std::nullopt, attended_view,
+                              std::nullopt, scale, windows[i], softcap),
+        after,
+    });
+    const Bfloat16* hidden = i == 0 ? data<Bfloat16>(rows) : out.data<Bfloat16>();
+    const int64_t width = num_heads * dim, narrow = num_groups * dim;
+    layer.before.x = hidden;
+    layer.before.norm_weight = values(norm_weights[2 * i]);
+    layer.before.q = linear(0, "q_", width, features);
+    layer.before.k = linear(1, "k_", narrow, features);
+    layer.before.v = linear(2, "v_", narrow, features);
+    if (!head_norm_weights.empty()) {
+      layer.before.q_norm_weight = values(head_norm_weights[2 * i]);
+      layer.before.k_norm_weight = values(head_norm_weights[2 * i + 1]);
+    }
+    layer.before.q_out = q.data<Bfloat16>();
+    layer.before.k_out = k.data<Bfloat16>();
+    layer.before.v_out = v.data<Bfloat16>();
+    layer.after.residual = hidden;
+    layer.after.norm_weight = values(norm_weights[2 * i + 1]);
+    layer.after.o = linear(3, "o_", features, width);
+    layer.after.gate = linear(4, "gate_", num_hidden, features);
+    layer.after.up = linear(5, "up_", num_hidden, features);
+    layer.after.down = linear(6, "down_", features, num_hidden);
+    layer.after.out = out.data<Bfloat16>();
+  }
+  check_lengths(layers[0].attention);
+  cpu_kernels().layer_stack({layers.data(), static_cast<int64_t>(num)});
   return released(out);
 }
 
@@ -192,4 +320,5 @@ STABLE_TORCH_LIBRARY_IMPL(specdec_kernels, CPU, library) {
   library.impl("rope", TORCH_BOX(&specdec::rope_cpu));
   library.impl("before_attention", TORCH_BOX(&specdec::before_attention_cpu));
   library.impl("after_attention", TORCH_BOX(&specdec::after_attention_cpu));
+  library.impl("layer_stack", TORCH_BOX(&specdec::layer_stack_cpu));
 }

@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
@@ -88,7 +89,7 @@ class Op(Generic[P, R]):
         try:
             return self.dispatch(*args, **kwargs)
         except RuntimeError as error:
-            raise _as_value_error(self.name, error) from None
+            raise _as_value_error(error) from None
 
     def implement(self, backend: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Decorator: attach an implementation with the same signature as the reference.
@@ -192,7 +193,7 @@ class Op(Generic[P, R]):
         try:
             return self.dispatch(*args, **kwargs)
         except RuntimeError as error:
-            raise _as_value_error(self.name, error) from None
+            raise _as_value_error(error) from None
 
 
 def op(**declaration: Any) -> Callable[[Callable[P, R]], Op[P, R]]:
@@ -275,15 +276,12 @@ def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
             yield from _tensors(tuple(value))
 
 
-def _as_value_error(name: str, error: RuntimeError) -> Exception:
+def _as_value_error(error: RuntimeError) -> Exception:
     """Errors of native code carry a C++ trace; a caller's mistake is one line that starts with
     the operator.
     """
-    text = str(error)
-    start = text.find(f"{name}: ")
-    if start < 0:
-        return error
-    return ValueError(text[start:].splitlines()[0])
+    mistake = re.search(rf"\b({'|'.join(OPS)}): .*", str(error))
+    return error if mistake is None else ValueError(mistake[0])
 
 
 # The library must register its kernels before the schemas are defined: a mismatch is then a Python

@@ -7,6 +7,7 @@ struct AfterAttentionParams;
 struct BeforeAttentionParams;
 struct BuildTreeParams;
 struct CommitParams;
+struct LayerStackParams;
 struct PackedLinearParams;
 struct RmsNormParams;
 struct RopeParams;
@@ -23,6 +24,7 @@ struct CpuKernels {
   void (*before_attention)(const BeforeAttentionParams&);
   void (*build_tree)(const BuildTreeParams&);
   void (*commit)(const CommitParams&);
+  void (*layer_stack)(const LayerStackParams&);
   void (*packed_linear)(const PackedLinearParams&);
   void (*rms_norm)(const RmsNormParams&);
   void (*rope)(const RopeParams&);

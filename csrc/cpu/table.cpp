@@ -7,6 +7,7 @@ void after_attention(const AfterAttentionParams&);
 void before_attention(const BeforeAttentionParams&);
 void build_tree(const BuildTreeParams&);
 void commit(const CommitParams&);
+void layer_stack(const LayerStackParams&);
 void packed_linear(const PackedLinearParams&);
 void rms_norm(const RmsNormParams&);
 void rope(const RopeParams&);
@@ -18,9 +19,8 @@ void verify(const VerifyParams&);
 void write_kv(const WriteKvParams&);
 
 extern const CpuKernels kernels;
-const CpuKernels kernels{SPECDEC_ISA_NAME, after_attention, before_attention, build_tree,
-                         commit,           packed_linear,   rms_norm,         rope,
-                         sample,           topk_logprobs,   tree_attention,   tree_mask,
-                         verify,           write_kv};
+const CpuKernels kernels{SPECDEC_ISA_NAME, after_attention, before_attention, build_tree, commit,
+                         layer_stack,      packed_linear,   rms_norm,         rope,       sample,
+                         topk_logprobs,    tree_attention,  tree_mask,        verify,     write_kv};
 
 }  // namespace specdec::SPECDEC_ISA

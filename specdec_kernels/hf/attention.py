@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from .dense_attention import attend_densely
 from .locality import FULL, Locality, locality_of, mark_locality
 from .prompt_attention import attend_prompt
 from .ragged import Ragged
+
+if TYPE_CHECKING:
+    from .stacks import Run
 
 NAME = "specdec_tree"
 """Avoids the substrings (sdpa, flash, flex) that transformers dispatches on."""
@@ -67,6 +70,9 @@ class TreeCall:
     """Layers that read it; 0 after a forward pass means that the model attends by itself."""
     sources: Tensor | None = None
     places: Tensor | None = None
+    is_whole: bool = False
+    """Whether the target's own pass, through all of its layers, reads it."""
+    run: Run | None = None
 
 
 @dataclass(slots=True)
@@ -107,6 +113,11 @@ def handing(call: Call, ragged: Ragged | None = None) -> Iterator[None]:
 def current_call() -> Call | None:
     """What the attention layers read now."""
     return _call.get()
+
+
+def is_ragged() -> bool:
+    """Whether the model computes the tokens of all rows as those of one."""
+    return _ragged.get() is not None
 
 
 def by_rows(computed: Tensor) -> Tensor:

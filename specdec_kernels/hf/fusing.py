@@ -47,7 +47,7 @@ def fast_layers(
         if not compiled:
             lent.enter_context(lent_forwards(norms, _norm_forward))
             lent.enter_context(_fused_rope(model))
-            lent.enter_context(whole_layers(layers))
+            lent.enter_context(whole_layers(model, layers))
         yield
 
 

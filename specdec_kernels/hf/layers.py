@@ -22,6 +22,7 @@ from .attention import (
     lending,
 )
 from .packing import lent_forwards, panels_in_use, takes_panels
+from .stacks import CACHES, Stack
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -32,9 +33,7 @@ _CHILDREN = {
     "mlp": [{*_MLP, "act_fn"}],
 }
 """Part -> what it may consist of."""
-_CACHES = ("cache", "past_key_values")
-"""What versions of transformers call it."""
-_OF_THE_LAYER = {"attention_mask", "position_embeddings", *_CACHES}
+_OF_THE_LAYER = {"attention_mask", "position_embeddings", *CACHES}
 """Keywords that the attention never sees, or that `attend_tree` has no use for."""
 _TOLERANCE = 0.02
 """Of the whole, in Euclidean norm: what roundings to bfloat16 leave of it is about 0.004."""
@@ -56,18 +55,24 @@ def decoder_layers(model: nn.Module, norms: Container[nn.Module]) -> dict[Any, d
 
 
 @contextmanager
-def whole_layers(layers: Mapping[Any, dict[str, Any]]) -> Iterator[None]:
+def whole_layers(model: nn.Module, layers: Mapping[Any, dict[str, Any]]) -> Iterator[None]:
     """Run those of `decoder_layers` whose linear layers are in panels now by the operators, and
     give them back.
 
     Prefills, and layers with hooks on their parts, go the layers' own way.
     """
-    packed = [
-        layer
+    forwards = {
+        layer: _Forward(layer, layers[layer])
         for layer in layers
         if all(panels_in_use(linear) is not None for linear in _linears(layer))
-    ]
-    with lent_forwards(packed, lambda layer: _forward(layer, layers[layer])):
+    }
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and all(m in forwards for m in module):
+            stacked = [forwards[layer] for layer in module]
+            stack = Stack(list(module), [f.halves for f in stacked], [f.options for f in stacked])
+            for index, forward in enumerate(stacked):
+                forward.stack, forward.index = stack, index
+    with lent_forwards(list(forwards), lambda layer: forwards[layer]):
         yield
 
 
@@ -103,16 +108,22 @@ class _Halves:
     def __init__(self, layer: Any, panels: Callable[[Any], Tensor | None]) -> None:
         attention, mlp, linears = layer.self_attn, layer.mlp, _linears(layer)
         first, second, *of_heads = _norms(layer)
-        self.parts = (attention, mlp, *attention.children(), *mlp.children(), first, second)
         self.head_dim = int(attention.head_dim)
         self.size = first.weight.numel()
         heads, groups = (linear.out_features // self.head_dim for linear in linears[:2])
-        q, k, v, o, gate, up, down = (panels(linear) for linear in linears)
-        biases = [linear.bias for linear in linears]
-        self._before = (first.weight, first.variance_epsilon, q, k, v)
-        self._heads = (heads, groups, *biases[:3], *(norm.weight for norm in of_heads))
-        self._after = (o, second.weight, second.variance_epsilon, gate, up, down)
-        self._hidden = (linears[4].out_features, *biases[3:])
+        packed = [panels(linear) for linear in linears]
+        self.panels: list[Tensor] = [p for p in packed if p is not None]
+        self.biases: list[Tensor | None] = [linear.bias for linear in linears]
+        self.norms: list[Tensor] = [norm.weight for norm in (first, second, *of_heads)]
+        self.sizes = (heads, groups, self.head_dim, linears[4].out_features, first.variance_epsilon)
+        q, k, v, o, gate, up, down = self.panels
+        epsilon = first.variance_epsilon
+        self._before = (first.weight, epsilon, q, k, v)
+        self._heads = (heads, groups, *self.biases[:3], *self.norms[2:])
+        self._after = (o, second.weight, epsilon, gate, up, down)
+        self._hidden = (linears[4].out_features, *self.biases[3:])
+        hooked = (attention, mlp, *attention.children(), *mlp.children(), first, second)
+        self._hooks = [x for p in hooked for x in (p._forward_hooks, p._forward_pre_hooks)]
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, H, N, D], k and v [B, G, N, D]."""
@@ -134,7 +145,7 @@ class _Halves:
 
     def has_hooks(self) -> bool:
         """Whether somebody wants to see, or change, what a part computes."""
-        return any(part._forward_hooks or part._forward_pre_hooks for part in self.parts)
+        return any(self._hooks)
 
 
 _rehearsed: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Any] | None]]
@@ -220,29 +231,50 @@ def _near(ours: Tensor, own: Tensor) -> bool:
     return bool((ours.float() - own.float()).norm() <= _TOLERANCE * own.float().norm())
 
 
-def _forward(layer: Any, options: dict[str, Any]) -> Callable[..., Tensor]:
-    halves = _Halves(layer, panels_in_use)
-    own, attention = type(layer).forward, layer.self_attn
+class _Forward:
+    """The forward that is lent to a layer.
 
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    Attributes:
+        halves: what the layer computes with.
+        options: what it gives its attention.
+        stack, index: the layers that it is one of, and its place there.
+    """
+
+    def __init__(self, layer: Any, options: dict[str, Any]) -> None:
+        self.halves = _Halves(layer, panels_in_use)
+        self.options = options
+        self.stack: Stack | None = None
+        self.index = 0
+        self._layer, self._own, self._attention = layer, type(layer).forward, layer.self_attn
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call, embeddings = current_call(), kwargs.get("position_embeddings")
+        run = call.run if isinstance(call, TreeCall) else None
+        if run is not None and run.is_done and run.stack is self.stack and not args:
+            return run.repeat(self.index, hidden_states, kwargs)
         if (
             args
             or not isinstance(call, TreeCall)
-            or not halves.fit(hidden_states, embeddings)
-            or halves.has_hooks()
+            or not self.halves.fit(hidden_states, embeddings)
+            or self.halves.has_hooks()
             or torch.is_grad_enabled()
         ):
-            whole: Tensor = own(layer, hidden_states, *args, **kwargs)
+            whole: Tensor = self._own(self._layer, hidden_states, *args, **kwargs)
             return whole
+        attention = self._attention
         check_keywords(attention, {k: v for k, v in kwargs.items() if k not in _OF_THE_LAYER})
+        if self.stack is not None and self.index == 0:
+            of_all = self.stack.begin(call, hidden_states, kwargs)
+            if of_all is not None:
+                return of_all
         batch = len(hidden_states)
         cos, sin = (e if len(e) == batch else e.expand(batch, -1, -1) for e in embeddings or ())
-        q, k, v = halves.before(hidden_states, cos, sin)
-        for name in _CACHES:
+        q, k, v = self.halves.before(hidden_states, cos, sin)
+        for name in CACHES:
             if (cache := kwargs.get(name)) is not None:
                 k, v = cache.update(k, v, attention.layer_idx)
-        attended = attend_tree(call, attention.layer_idx, q, k, v, **options)
-        return halves.after(attended, hidden_states)
-
-    return forward
+        attended = attend_tree(call, attention.layer_idx, q, k, v, **self.options)
+        out = self.halves.after(attended, hidden_states)
+        if self.stack is not None:
+            self.stack.watch(call, self.index, hidden_states, kwargs, out)
+        return out

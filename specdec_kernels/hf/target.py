@@ -152,10 +152,14 @@ class HFTarget:
         cache.num_nodes = tree.num_nodes
         ancestors, depths = tree_mask(tree.parents, tree.num_nodes)
         positions = (cache.lengths[:, None] + depths).long()
-        call = TreeCall(ancestors, depths, cache.lengths, tree.num_nodes, cache.localities)
+        call = TreeCall(
+            ancestors, depths, cache.lengths, tree.num_nodes, cache.localities, is_whole=True
+        )
         logits = self._run(call, tree.tokens, positions, tree.num_nodes, only_last=only_last)
         if call.num_layers == 0:
             raise ValueError(ignores_attention(type(self.model).__name__))
+        if call.run is not None:
+            call.run.finish()
         return logits
 
     def _run(

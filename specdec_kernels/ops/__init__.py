@@ -4,6 +4,7 @@ from .after_attention import after_attention
 from .before_attention import before_attention
 from .build_tree import build_tree
 from .commit import commit
+from .layer_stack import layer_stack
 from .packed_linear import packed_linear, panels_of
 from .rms_norm import rms_norm
 from .rope import rope
@@ -19,6 +20,7 @@ __all__ = [
     "before_attention",
     "build_tree",
     "commit",
+    "layer_stack",
     "packed_linear",
     "panels_of",
     "rms_norm",

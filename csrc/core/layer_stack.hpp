@@ -1,0 +1,23 @@
+#pragma once
+
+#include "after_attention.hpp"
+#include "before_attention.hpp"
+#include "tree_attention.hpp"
+#include "write_kv.hpp"
+
+namespace specdec {
+
+// One decoder layer. What a part writes is what the next one reads.
+struct StackedLayer {
+  BeforeAttentionParams before;
+  WriteKvParams write;
+  TreeAttentionParams attention;
+  AfterAttentionParams after;
+};
+
+struct LayerStackParams {
+  const StackedLayer* layers;
+  int64_t num_layers;
+};
+
+}  // namespace specdec

@@ -1,0 +1,204 @@
+"""All decoder layers of a model in one operator, once a pass has shown that each takes what the one
+before it gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..ops import layer_stack
+from .attention import TreeCall, is_ragged
+from .cache import TreeCache
+
+CACHES = ("cache", "past_key_values")
+"""What versions of transformers call it."""
+_SHARED = ("position_embeddings", *CACHES)
+"""Keywords that every layer must be given the same of."""
+
+
+def _shared(kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(kwargs.get(name) for name in _SHARED)
+
+
+class Halves(Protocol):
+    """What `layer_stack` reads of a layer.
+
+    Attributes:
+        norms: weights of the norms before attention and MLP, and of heads of queries and keys.
+        panels, biases: of q, k, v, o, gate, up and down.
+        sizes: query heads, key/value heads, head dim, outputs of gate and up, epsilon: the same
+            for all layers of a stack.
+    """
+
+    norms: list[Tensor]
+    panels: list[Tensor]
+    biases: list[Tensor | None]
+    sizes: tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class Run:
+    """A pass through the layers of a stack.
+
+    Attributes:
+        stack: whose.
+        shared: the keywords that all layers are given the same of.
+        out: what the layer that was called last gave.
+        next: the layer to be called next.
+        is_done: whether `out` is what the last layer gives, whichever was called.
+    """
+
+    stack: Stack
+    shared: tuple[Any, ...]
+    out: Tensor
+    next: int
+    is_done: bool
+
+    def follows(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a layer is called as the next one in a chain is."""
+        shared = zip(_shared(kwargs), self.shared, strict=True)
+        return self.next == index and self.out is hidden and all(a is b for a, b in shared)
+
+    def repeat(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """What a layer behind the first gives where all is done.
+
+        Raises:
+            ValueError: it was called otherwise than in the pass that was watched.
+        """
+        if not self.follows(index, hidden, kwargs):
+            raise ValueError(
+                f"decoder layer {index} was given other hidden states, rotary embeddings or "
+                f"another cache than layer {index - 1} before it, but not so in the first pass: "
+                "decode with pack=False"
+            )
+        self.next += 1
+        return self.out
+
+    def finish(self) -> None:
+        """The pass is over.
+
+        Raises:
+            ValueError: not all layers were called, as they were in the pass that was watched.
+        """
+        if self.is_done and self.next != len(self.stack):
+            raise ValueError(
+                f"only {self.next} of {len(self.stack)} decoder layers were called, but all in "
+                "the first pass: decode with pack=False"
+            )
+
+
+class Stack:
+    """Decoder layers of one list, in order.
+
+    The first pass over a tree runs layer by layer and is watched; after it the first layer computes
+    all of them, and the others only see to it that they are called as they were.
+
+    Args:
+        layers: the layers.
+        halves: what they compute with.
+        options: what each gives its attention: scale and softcap.
+    """
+
+    def __init__(
+        self, layers: Sequence[Any], halves: Sequence[Halves], options: Sequence[dict[str, Any]]
+    ) -> None:
+        self._indices = [layer.self_attn.layer_idx for layer in layers]
+        self._options = options[0]
+        self._halves = halves
+        self._is_uniform = all(
+            half.sizes == halves[0].sizes
+            and len(half.norms) == len(halves[0].norms)
+            and option == options[0]
+            for half, option in zip(halves, options, strict=True)
+        )
+        self._is_chain = False
+        parts = [part for layer in layers for part in layer.modules()]
+        self._hooks = [hooks for p in parts for hooks in (p._forward_hooks, p._forward_pre_hooks)]
+        none = halves[0].norms[0].new_empty(0)
+        biases = [bias for half in halves for bias in half.biases]
+        has_biases = any(bias is not None for bias in biases)
+        self._weights: tuple[list[Tensor], ...] = (
+            [norm for half in halves for norm in half.norms[:2]],
+            [panels for half in halves for panels in half.panels],
+            [none if bias is None else bias for bias in biases] if has_biases else [],
+            [norm for half in halves for norm in half.norms[2:]],
+        )
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def begin(self, call: TreeCall, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """All layers, for the first one; None if it is not known that they are a chain, or if this
+        pass wants something else of them.
+        """
+        shared = _shared(kwargs)
+        if not self._is_chain or not self._fits(call, shared):
+            return None
+        if call.run is not None:
+            call.run.finish()
+        out = self._compute(call, hidden, *shared)
+        call.run = Run(self, shared, out, 1, True)
+        return out
+
+    def watch(
+        self, call: TreeCall, index: int, hidden: Tensor, kwargs: Mapping[str, Any], out: Tensor
+    ) -> None:
+        """Learn from what a layer was given, and gave, whether the layers are a chain."""
+        if self._is_chain or not self._is_uniform or not call.is_whole:
+            return
+        run = call.run
+        if index and (
+            run is None or run.stack is not self or not run.follows(index, hidden, kwargs)
+        ):
+            call.run = None
+            return
+        call.run = Run(self, _shared(kwargs), out, index + 1, False)
+        self._is_chain = index + 1 == len(self._indices)
+
+    def _fits(self, call: TreeCall, shared: tuple[Any, ...]) -> bool:
+        """Whether one operator can make this pass."""
+        caches = [cache for cache in shared[1:] if cache is not None]
+        if not call.is_whole or is_ragged() or any(self._hooks) or len(caches) != 1:
+            return False
+        cache, localities = caches[0], call.localities.by_layer
+        return (
+            isinstance(cache, TreeCache)
+            and cache.is_in_use
+            and cache.starts is None
+            and cache.lengths is call.lengths
+            and cache.num_nodes is call.num_nodes
+            and all(cache.tree_layers[i].is_initialized for i in self._indices)
+            and not any(localities[i].chunk for i in self._indices)
+        )
+
+    def _compute(
+        self, call: TreeCall, hidden: Tensor, embeddings: Any, *caches: TreeCache | None
+    ) -> Tensor:
+        cache = next(cache for cache in caches if cache is not None)
+        layers = [cache.tree_layers[i] for i in self._indices]
+        localities = call.localities.by_layer
+        heads, _, _, num_hidden, epsilon = self._halves[0].sizes
+        cos, sin = (e.expand(len(hidden), -1, -1) for e in embeddings)
+        out: Tensor = layer_stack(
+            hidden,
+            cos,
+            sin,
+            [layer.keys for layer in layers],
+            [layer.values for layer in layers],
+            call.ancestors,
+            call.depths,
+            call.lengths,
+            call.num_nodes,
+            *self._weights,
+            [localities[i].window for i in self._indices],
+            heads,
+            num_hidden,
+            epsilon,
+            **self._options,
+        )
+        call.num_layers += len(layers)
+        return out
