@@ -18,7 +18,6 @@ TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' '
 STAMP := $(VENV)/.installed
 
 export HF_HUB_OFFLINE := 1
-export OMP_WAIT_POLICY := passive
 export SPECDEC_WERROR := ON
 
 .PHONY: help setup demo test lint fmt bench bench-drafters bench-gpu bench-pytest train-corpus train-eagle train-mlp-speculator train-medusa train-streaming train-draft
@@ -32,6 +31,8 @@ setup: $(STAMP) ## make .venv and build the kernels; a second run is instant
 demo: setup ## generate with and without speculation, side by side
 	$(BIN)/specdec generate --chat '$(PROMPT)' --max-new-tokens 160 --compare
 
+# Workers share the cores, so that a thread that spins while it waits takes them from another worker.
+test: export OMP_WAIT_POLICY := passive
 test: setup ## run the tests, on two workers
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 

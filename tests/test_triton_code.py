@@ -20,7 +20,9 @@ from triton_budgets import BUDGETS, VARIANTS, Budget
 
 from specdec_kernels.registry import OPS
 
-CPU_ONLY = ("packed_linear", "rms_norm", "rope", "before_attention", "after_attention")
+CPU_ONLY = (
+    "packed_linear", "rms_norm", "rope", "before_attention", "after_attention", "layer_stack",
+)  # fmt: skip
 """What PyTorch does well on GPUs, or compiled."""
 
 TESTS = Path(__file__).resolve().parent

@@ -24,6 +24,7 @@ from ..hf.baseline import (
     speculative_sampling,
     warpers,
 )
+from ..ops import after_attention, before_attention, tree_attention, write_kv
 from ..ops.packed_linear import weight_of
 from ..registry import OPS
 
@@ -323,6 +324,30 @@ def _hf_after_attention(inputs: Inputs) -> Callable[[], Tensor]:
     return call
 
 
+def _layer_by_layer(inputs: Inputs) -> Callable[[], Tensor]:
+    """The operators of each layer, one by one."""
+    tree = tuple(inputs[name] for name in ("ancestors", "depths", "lengths", "num_nodes"))
+    cos, sin, epsilon, scale = (inputs[name] for name in ("cos", "sin", "epsilon", "scale"))
+    heads, groups = inputs["num_heads"], inputs["k_caches"][0].shape[1]
+    norms, panels = inputs["norm_weights"], inputs["panels"]
+
+    def call() -> Tensor:
+        x: Tensor = inputs["x"]
+        for i, (k_cache, v_cache) in enumerate(
+            zip(inputs["k_caches"], inputs["v_caches"], strict=True)
+        ):
+            first, second = norms[2 * i : 2 * i + 2]
+            own = panels[7 * i : 7 * i + 7]
+            q, k, v = before_attention(x, first, epsilon, *own[:3], cos, sin, heads, groups)
+            write_kv(k, v, k_cache, v_cache, *tree[2:])
+            attended, _ = tree_attention(q, k_cache, v_cache, *tree, scale=scale)
+            num_hidden = inputs["num_hidden"]
+            x = after_attention(attended, x, own[3], second, epsilon, *own[4:], num_hidden)
+        return x
+
+    return call
+
+
 def _same_values(own: Run, reference: Run) -> bool:
     return all(
         bool(torch.isclose(a, b, rtol=2**-7, atol=0.0).all()) for a, b in _pairs(own, reference)
@@ -332,6 +357,14 @@ def _same_values(own: Run, reference: Run) -> bool:
 def _same_products(own: Run, reference: Run) -> bool:
     return all(
         bool((a - b).abs().max() <= b.abs().max() * 2**-7) for a, b in _pairs(own, reference)
+    )
+
+
+def _same_layers(own: Run, reference: Run) -> bool:
+    """In Euclidean norm: eight layers round some eighty times."""
+    return all(
+        bool((a.float() - b.float()).norm() <= 0.01 * b.float().norm())
+        for a, b in _pairs(own, reference)
     )
 
 
@@ -359,4 +392,5 @@ HF_NORM = Baseline("hf LlamaRMSNorm", _hf_norm, _same_values)
 HF_ROPE = Baseline("hf apply_rotary_pos_emb", _hf_rope, _same_values)
 LINEAR = Baseline("torch linear", _linear, _same_products)
 HF_BEFORE_ATTENTION = Baseline("hf layer, eager", _hf_before_attention, _same_products)
+LAYER_BY_LAYER = Baseline("layer by layer", _layer_by_layer, _same_layers)
 HF_AFTER_ATTENTION = Baseline("hf layer, eager", _hf_after_attention, _same_products)

@@ -100,6 +100,11 @@ def _llama_layer(inputs: Inputs) -> Inputs:
     return {name: value for name, value in inputs.items() if name not in left_out}
 
 
+def _llama_stack(inputs: Inputs) -> Inputs:
+    """Caches as the decoder allocates them, no biases and norms of heads."""
+    return {**_contiguous_cache(inputs), "biases": [], "head_norm_weights": []}
+
+
 def _unchanged(inputs: Inputs) -> Inputs:
     return inputs
 
@@ -203,6 +208,15 @@ CASES: tuple[BenchCase, ...] = (
         for layer in (
             {"F": 576, "H": 9, "E": 64, "U": 1536},
             {"F": 4096, "H": 32, "E": 128, "U": 14336},
+        )
+        for nodes in (1, 8, 16, 64)
+    ),
+    *(
+        BenchCase(
+            "layer_stack",
+            {"B": 1, "N": nodes, "L": 8, "F": 576, "H": 9, **_SMALL, "U": 1536, "S": 1024},
+            (base.LAYER_BY_LAYER,),
+            _llama_stack,
         )
         for nodes in (1, 8, 16, 64)
     ),

@@ -102,23 +102,28 @@ def _real_nodes(inputs: Inputs, nodes: int) -> Tensor:
 
 
 def _attention(inputs: Inputs, outputs: Any) -> Work:
-    """Queries, each seen slot once for all heads of a group, the result; two products per pair of
-    a node and a slot that it sees.
+    """Queries, what they see, the result."""
+    q = inputs["q"]
+    sizes = _real_nodes(inputs, q.shape[2])
+    queries = int(sizes.sum()) * q.shape[1] * q.shape[3] * q.element_size()
+    k_cache, v_cache, window = (inputs[name] for name in ("k_cache", "v_cache", "window"))
+    seen = _seen(inputs, q.shape[1], k_cache, v_cache, window)
+    return Work(queries + seen.num_bytes + num_bytes(*outputs), seen.num_flops)
+
+
+def _seen(inputs: Inputs, heads: int, k: Tensor, v: Tensor, window: int) -> Work:
+    """Each seen slot once for all heads of a group; two products per pair of a node and a slot that
+    it sees.
     """
-    q, k, v, depths = (inputs[name] for name in ("q", "k_cache", "v_cache", "depths"))
-    heads, nodes = q.shape[1:3]
-    dims, size = k.shape[3] + v.shape[3], k.element_size()
-    sizes, lengths = _real_nodes(inputs, nodes), inputs["lengths"].long()
-    window = inputs["window"] or 2**40
+    depths, lengths = inputs["depths"].long(), inputs["lengths"].long()
+    dims, nodes = k.shape[3] + v.shape[3], depths.shape[1]
+    sizes, window = _real_nodes(inputs, nodes), window or 2**40
     slots = lengths.clamp_max(window - 1) * (sizes > 0) + sizes
-    prefix = (window - 1 - depths.long()).clamp_min(0).minimum(lengths[:, None])
-    seen = prefix + (depths.long() + 1).clamp_max(window)
+    prefix = (window - 1 - depths).clamp_min(0).minimum(lengths[:, None])
+    seen = prefix + (depths + 1).clamp_max(window)
     is_node = torch.arange(nodes, device=sizes.device) < sizes[:, None]
-    queries = int(sizes.sum()) * heads * q.shape[3] * size
-    cache = int(slots.sum()) * k.shape[1] * dims * size
-    return Work(
-        queries + cache + num_bytes(*outputs), 2 * heads * dims * int((seen * is_node).sum())
-    )
+    cache = int(slots.sum()) * k.shape[1] * dims * k.element_size()
+    return Work(cache, 2 * heads * dims * int((seen * is_node).sum()))
 
 
 def _write(inputs: Inputs, outputs: Any) -> Work:
@@ -182,6 +187,19 @@ def _layer_half(inputs: Inputs, outputs: Any) -> Work:
     return Work(num_bytes(*inputs.values(), outputs), 2 * x[..., 0].numel() * weights)
 
 
+def _layer_stack(inputs: Inputs, outputs: Any) -> Work:
+    """Every weight once, what the nodes see in every layer, what comes in and goes out."""
+    caches = zip(inputs["k_caches"], inputs["v_caches"], inputs["windows"], strict=True)
+    seen = [_seen(inputs, inputs["num_heads"], *layer) for layer in caches]
+    lists = ("norm_weights", "panels", "biases", "head_norm_weights")
+    traffic = num_bytes(inputs["x"], *(inputs[name] for name in lists), outputs)
+    weights = sum(packed.numel() for packed in inputs["panels"])
+    return Work(
+        traffic + sum(layer.num_bytes for layer in seen),
+        2 * inputs["x"][..., 0].numel() * weights + sum(layer.num_flops for layer in seen),
+    )
+
+
 def _elementwise(inputs: Inputs, outputs: Any) -> Work:
     """All tensors once."""
     results = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -197,6 +215,7 @@ _LEAST: dict[str, Callable[[Inputs, Any], Work]] = {
     "packed_linear": _packed_linear,
     "before_attention": _layer_half,
     "after_attention": _layer_half,
+    "layer_stack": _layer_stack,
     "rms_norm": _elementwise,
     "rope": _elementwise,
     "commit": _commit,
