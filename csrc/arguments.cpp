@@ -223,9 +223,17 @@ BuildTreeParams build_tree_params(const TensorView& roots, const TensorView& can
 PackedLinearParams packed_linear_params(const TensorView& x, const TensorView& panels,
                                         int64_t num_outputs, const OptionalView& bias,
                                         const TensorView& out) {
-  return {x.as<Bfloat16>(),   panels.as<Bfloat16>(), bias ? bias->as<Bfloat16>() : nullptr,
-          out.as<Bfloat16>(), x.stride(0),           int32(x.size(0)),
-          int32(x.size(1)),   int32(num_outputs)};
+  return {
+      .x = x.data,
+      .panels = panels.data,
+      .bias = bias ? bias->data : nullptr,
+      .out = out.data,
+      .stride_row = x.stride(0),
+      .rows = int32(x.size(0)),
+      .features = int32(x.size(1)),
+      .outputs = int32(num_outputs),
+      .dtype = x.dtype,
+  };
 }
 
 RmsNormParams rms_norm_params(const TensorView& x, const TensorView& weight, double epsilon,

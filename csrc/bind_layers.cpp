@@ -22,12 +22,15 @@ namespace {
 void check_panels(const char* op, const char* name, const Tensor& panels, int64_t num_outputs,
                   int64_t num_features, const OptionalTensor& bias) {
   const int64_t outputs = num_outputs > 0 ? (num_outputs + kPanelOutputs - 1) / kPanelOutputs : 0;
-  const int64_t pairs = (num_features + 1) / 2;
-  if (panels.size(0) != outputs || panels.size(1) != pairs || panels.size(2) != kPanelOutputs ||
-      panels.size(3) != 2) {
-    fail("%s: %spanels of a weight [%ld, %ld] must be [%ld, %ld, 16, 2], got [%ld, %ld, %ld, %ld]",
-         op, name, num_outputs, num_features, outputs, pairs, panels.size(0), panels.size(1),
-         panels.size(2), panels.size(3));
+  int64_t width = 0;
+  with_dtype(dtype_of(panels), [&](auto tag) { width = kPanelFeatures<decltype(tag)>; });
+  const int64_t features = (num_features + width - 1) / width;
+  if (panels.size(0) != outputs || panels.size(1) != features || panels.size(2) != kPanelOutputs ||
+      panels.size(3) != width) {
+    fail(
+        "%s: %spanels of a weight [%ld, %ld] must be [%ld, %ld, %d, %ld], got [%ld, %ld, %ld, %ld]",
+        op, name, num_outputs, num_features, outputs, features, kPanelOutputs, width,
+        panels.size(0), panels.size(1), panels.size(2), panels.size(3));
   }
   if (bias && bias->size(0) != num_outputs) {
     fail("%s: %sbias must be [%ld], got [%ld]", op, name, num_outputs, bias->size(0));
@@ -40,6 +43,8 @@ Tensor with_unit_stride(const Tensor& x) {
   return x.size(last) > 1 && x.stride(last) != 1 ? torch::stable::contiguous(x) : x;
 }
 
+const void* pointer(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
+
 auto packed_linear_cpu(const Tensor& x, const Tensor& panels, int64_t num_outputs,
                        OptionalTensor bias) {
   check_shapes("packed_linear", {x, panels, bias});
@@ -47,9 +52,9 @@ auto packed_linear_cpu(const Tensor& x, const Tensor& panels, int64_t num_output
   const Tensor rows = with_unit_stride(x);
   const Tensor packed_panels = packed(panels);
   const OptionalTensor packed_bias = packed(bias);
-  Output out({x.size(0), num_outputs}, ScalarType::BFloat16);
+  Output out({x.size(0), num_outputs}, x.scalar_type());
   const TensorView out_view{
-      out.data<Bfloat16>(), DType::kBfloat16, {x.size(0), num_outputs}, {num_outputs, 1}};
+      out.data<void>(), dtype_of(x), {x.size(0), num_outputs}, {num_outputs, 1}};
   cpu_kernels().packed_linear(packed_linear_params(view(rows), view(packed_panels), num_outputs,
                                                    view(packed_bias), out_view));
   return released(out);
@@ -92,9 +97,7 @@ struct PackedTensors {
     check_panels(op, name, panels, num_outputs, num_features, bias);
   }
 
-  PackedLayer layer() const {
-    return {data<Bfloat16>(panels), data<Bfloat16>(bias), int32(num_outputs)};
-  }
+  PackedLayer layer() const { return {panels.const_data_ptr(), pointer(bias), int32(num_outputs)}; }
 };
 
 // What does not change from layer to layer of a model.
@@ -102,8 +105,8 @@ BeforeAttentionParams before_attention_params(const Tensor& cos, const Tensor& s
                                               int64_t features, int64_t num_heads,
                                               int64_t num_groups, double epsilon) {
   BeforeAttentionParams params{};
-  params.cos = data<Bfloat16>(cos);
-  params.sin = data<Bfloat16>(sin);
+  params.cos = cos.const_data_ptr();
+  params.sin = sin.const_data_ptr();
   params.stride_cos_b = cos.stride(0);
   params.stride_cos_n = cos.stride(1);
   params.stride_sin_b = sin.stride(0);
@@ -115,13 +118,14 @@ BeforeAttentionParams before_attention_params(const Tensor& cos, const Tensor& s
   params.groups = int32(num_groups);
   params.head_dim = int32(cos.size(2));
   params.epsilon = static_cast<float>(epsilon);
+  params.dtype = dtype_of(cos);
   return params;
 }
 
 AfterAttentionParams after_attention_params(const TensorView& attended, int64_t features,
                                             double epsilon) {
   AfterAttentionParams params{};
-  params.attended = attended.as<Bfloat16>();
+  params.attended = attended.data;
   params.stride_attended_b = attended.stride(0);
   params.stride_attended_h = attended.stride(1);
   params.stride_attended_n = attended.stride(2);
@@ -131,6 +135,7 @@ AfterAttentionParams after_attention_params(const TensorView& attended, int64_t 
   params.heads = int32(attended.size(1));
   params.value_dim = int32(attended.size(3));
   params.epsilon = static_cast<float>(epsilon);
+  params.dtype = attended.dtype;
   return params;
 }
 
@@ -151,21 +156,21 @@ auto before_attention_cpu(const Tensor& x, const Tensor& norm_weight, double eps
   const Tensor rows = packed(x), scale = packed(norm_weight);
   const OptionalTensor q_scale = packed(q_norm_weight), k_scale = packed(k_norm_weight);
   const Tensor cosines = with_unit_stride(cos), sines = with_unit_stride(sin);
-  Output q_out({batch, num_heads, nodes, dim}, ScalarType::BFloat16);
-  Output k_out({batch, num_groups, nodes, dim}, ScalarType::BFloat16);
+  Output q_out({batch, num_heads, nodes, dim}, x.scalar_type());
+  Output k_out({batch, num_groups, nodes, dim}, x.scalar_type());
   // In the order of its product.
   const int64_t v_strides[] = {nodes * num_groups * dim, dim, num_groups * dim, 1};
-  Output v_out({batch, num_groups, nodes, dim}, v_strides, ScalarType::BFloat16);
+  Output v_out({batch, num_groups, nodes, dim}, v_strides, x.scalar_type());
   BeforeAttentionParams params =
       before_attention_params(cosines, sines, features, num_heads, num_groups, epsilon);
-  params.x = data<Bfloat16>(rows);
-  params.norm_weight = data<Bfloat16>(scale);
+  params.x = rows.const_data_ptr();
+  params.norm_weight = scale.const_data_ptr();
   params.q = q.layer(), params.k = k.layer(), params.v = v.layer();
-  params.q_norm_weight = data<Bfloat16>(q_scale);
-  params.k_norm_weight = data<Bfloat16>(k_scale);
-  params.q_out = q_out.data<Bfloat16>();
-  params.k_out = k_out.data<Bfloat16>();
-  params.v_out = v_out.data<Bfloat16>();
+  params.q_norm_weight = pointer(q_scale);
+  params.k_norm_weight = pointer(k_scale);
+  params.q_out = q_out.data<void>();
+  params.k_out = k_out.data<void>();
+  params.v_out = v_out.data<void>();
   cpu_kernels().before_attention(params);
   return released(q_out, k_out, v_out);
 }
@@ -186,13 +191,13 @@ auto after_attention_cpu(const Tensor& attended, const Tensor& residual, const T
   const PackedTensors down(op, "down_", down_panels, down_bias, features, num_hidden);
   const Tensor values = with_unit_stride(attended), rows = packed(residual);
   const Tensor scale = packed(norm_weight);
-  Output out({batch, nodes, features}, ScalarType::BFloat16);
+  Output out({batch, nodes, features}, residual.scalar_type());
   AfterAttentionParams params = after_attention_params(view(values), features, epsilon);
-  params.residual = data<Bfloat16>(rows);
-  params.norm_weight = data<Bfloat16>(scale);
+  params.residual = rows.const_data_ptr();
+  params.norm_weight = scale.const_data_ptr();
   params.o = o.layer(), params.gate = gate.layer(), params.up = up.layer();
   params.down = down.layer();
-  params.out = out.data<Bfloat16>();
+  params.out = out.data<void>();
   cpu_kernels().after_attention(params);
   return released(out);
 }
@@ -236,29 +241,30 @@ auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
   const Tensor starts = packed(lengths), sizes = packed(num_nodes);
   std::vector<Tensor> kept;  // copies of what is not contiguous
   const auto values = [&](const Tensor& tensor) {
-    return data<Bfloat16>(kept.emplace_back(packed(tensor)));
+    return kept.emplace_back(packed(tensor)).const_data_ptr();
   };
 
+  const ScalarType type = x.scalar_type();
   // Each layer finds in `out` what the one before it left there.
-  Output q({batch, num_heads, nodes, dim}, ScalarType::BFloat16);
-  Output k({batch, num_groups, nodes, dim}, ScalarType::BFloat16);
-  Output v({batch, nodes, num_groups, dim}, ScalarType::BFloat16);
-  Output attended({batch, nodes, num_heads, dim}, ScalarType::BFloat16);
-  Output out({batch, nodes, features}, ScalarType::BFloat16);
+  Output q({batch, num_heads, nodes, dim}, type);
+  Output k({batch, num_groups, nodes, dim}, type);
+  Output v({batch, nodes, num_groups, dim}, type);
+  Output attended({batch, nodes, num_heads, dim}, type);
+  Output out({batch, nodes, features}, type);
   const auto by_head = [&](const Output& heads, int64_t count) -> TensorView {
     return {heads.data<void>(),
-            DType::kBfloat16,
+            dtype_of(x),
             {batch, count, nodes, dim},
             {count * nodes * dim, nodes * dim, dim, 1}};
   };
   const auto by_node = [&](const Output& heads, int64_t count) -> TensorView {
     return {heads.data<void>(),
-            DType::kBfloat16,
+            dtype_of(x),
             {batch, count, nodes, dim},
             {count * nodes * dim, dim, count * dim, 1}};
   };
   const TensorView attended_view{
-      attended.data<void>(), DType::kBfloat16, {batch, nodes, num_heads, dim}, {}};
+      attended.data<void>(), dtype_of(x), {batch, nodes, num_heads, dim}, {}};
   const BeforeAttentionParams before =
       before_attention_params(cosines, sines, features, num_heads, num_groups, epsilon);
   const AfterAttentionParams after =
@@ -284,7 +290,7 @@ auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
                               std::nullopt, scale, windows[i], softcap),
         after,
     });
-    const Bfloat16* hidden = i == 0 ? data<Bfloat16>(rows) : out.data<Bfloat16>();
+    const void* hidden = i == 0 ? rows.const_data_ptr() : out.data<void>();
     const int64_t width = num_heads * dim, narrow = num_groups * dim;
     layer.before.x = hidden;
     layer.before.norm_weight = values(norm_weights[2 * i]);
@@ -295,16 +301,16 @@ auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
       layer.before.q_norm_weight = values(head_norm_weights[2 * i]);
       layer.before.k_norm_weight = values(head_norm_weights[2 * i + 1]);
     }
-    layer.before.q_out = q.data<Bfloat16>();
-    layer.before.k_out = k.data<Bfloat16>();
-    layer.before.v_out = v.data<Bfloat16>();
+    layer.before.q_out = q.data<void>();
+    layer.before.k_out = k.data<void>();
+    layer.before.v_out = v.data<void>();
     layer.after.residual = hidden;
     layer.after.norm_weight = values(norm_weights[2 * i + 1]);
     layer.after.o = linear(3, "o_", features, width);
     layer.after.gate = linear(4, "gate_", num_hidden, features);
     layer.after.up = linear(5, "up_", num_hidden, features);
     layer.after.down = linear(6, "down_", features, num_hidden);
-    layer.after.out = out.data<Bfloat16>();
+    layer.after.out = out.data<void>();
   }
   check_lengths(layers[0].attention);
   cpu_kernels().layer_stack({layers.data(), static_cast<int64_t>(num)});

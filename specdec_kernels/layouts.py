@@ -1,22 +1,24 @@
 """Layouts of weights in which a product with a few rows runs at the speed of the memory.
 
-PyTorch's own product of so few bfloat16 rows is far from it. `ops.packed_linear` takes its place
-where it has the instructions; elsewhere oneDNN's blocked layout halves the time, if oneDNN
-multiplies the dtype on this CPU: the layout that `torch.compile` packs its constants into, by the
-operators that it uses.
+PyTorch's own product of so few rows is far from it, in 16 bits farthest. `ops.packed_linear` takes
+its place where it has the instructions; elsewhere, and for float16 where oneDNN multiplies it on
+this CPU, oneDNN's blocked layout halves the time of 16 bits: the layout that `torch.compile` packs
+its constants into, by the operators that it uses.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from .ops import packed_linear, panels_of
-from .ops.packed_linear import PANEL_OUTPUTS
+from .ops.packed_linear import panels_shape
 from .registry import cpu_capability
+from .shapes import FLOATS
 
 _WITH_PANELS = ("avx2", "avx512", "avx512_bf16")
 
@@ -34,8 +36,7 @@ class Panels:
     def num_bytes(weight: Tensor) -> int:
         """Of the packed copy."""
         outputs, features = weight.shape
-        padded = (outputs + -outputs % PANEL_OUTPUTS) * (features + features % 2)
-        return padded * weight.element_size()
+        return math.prod(panels_shape(outputs, features, weight.dtype)) * weight.element_size()
 
     @staticmethod
     def multiply(input: Tensor, panels: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
@@ -67,16 +68,18 @@ Layout = type[Panels] | type[OneDnn]
 @functools.cache
 def layout_for(dtype: torch.dtype) -> Layout | None:
     """The faster layout on this CPU; None for a dtype that is left alone."""
-    if dtype == torch.bfloat16 and cpu_capability() in _WITH_PANELS:
+    has_panels = dtype in FLOATS and cpu_capability() in _WITH_PANELS
+    if has_panels and dtype != torch.float16:
         return Panels
     operators = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
-        return None
-    supported = {
-        torch.bfloat16: operators._is_mkldnn_bf16_supported,
-        torch.float16: operators._is_mkldnn_fp16_supported,
-    }
-    return OneDnn if dtype in supported and supported[dtype]() else None
+    if torch.backends.mkldnn.is_available() and hasattr(operators, "_linear_pointwise"):
+        supported = {
+            torch.bfloat16: operators._is_mkldnn_bf16_supported,
+            torch.float16: operators._is_mkldnn_fp16_supported,
+        }
+        if dtype in supported and supported[dtype]():
+            return OneDnn
+    return Panels if has_panels else None
 
 
 def layout_of(weight: Tensor) -> Layout | None:

@@ -36,14 +36,13 @@ from specdec_kernels.hf.fusing import fast_layers
 from specdec_kernels.hf.locality import FULL
 from specdec_kernels.hf.target import HFTarget
 from specdec_kernels.layouts import Panels
+from specdec_kernels.shapes import FLOATS
 
 
 @pytest.fixture(autouse=True)
 def _packs_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As CPUs without bfloat16 products do."""
-    monkeypatch.setattr(
-        layouts, "layout_for", lambda dtype: Panels if dtype == torch.bfloat16 else None
-    )
+    """As CPUs without products of float16 do."""
+    monkeypatch.setattr(layouts, "layout_for", lambda dtype: Panels if dtype in FLOATS else None)
 
 
 SIZES: dict[str, Any] = {
@@ -56,7 +55,12 @@ def _replaced(model: nn.Module) -> int:
     return sum("forward" in m.__dict__ for m in model.modules() if hasattr(m, "self_attn"))
 
 
-def _family(name: str) -> Any:
+of_each_dtype = pytest.mark.parametrize(
+    "dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+
+
+def _family(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     torch.manual_seed(0)
     if name == "llama":
         model: Any = make_tiny_model()
@@ -80,7 +84,7 @@ def _family(name: str) -> Any:
         model = GemmaForCausalLM(GemmaConfig(**SIZES))
     else:
         model = make_tiny_model(hidden_act=name)
-    return model.eval().bfloat16().requires_grad_(False)
+    return model.eval().to(dtype).requires_grad_(False)
 
 
 FAMILIES = {
@@ -108,11 +112,12 @@ def _scores(model: Any, batch: int = 1) -> Tensor:
     return target.forward(tree).float()
 
 
+@of_each_dtype
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_layers_are_replaced_and_that_they_compute_what_they_did(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = _family(family)
+    model = _family(family, dtype)
     wide = copy.deepcopy(model).float()
     with torch.no_grad(), tree_attention_in(wide):
         exact = _scores(wide, 3)
@@ -124,6 +129,9 @@ def test_which_layers_are_replaced_and_that_they_compute_what_they_did(
     with _running(model):
         assert _replaced(model) == 0
         apart = _scores(model, 3)
+    if dtype == torch.float32:
+        assert float((fused - exact).norm()) < 4e-6 * float(exact.norm())
+        return
     # Not the same bits: as near to float32 as before.
     rounding = float((apart - exact).abs().mean())
     assert rounding > 0 and float((fused - exact).abs().mean()) < 1.2 * rounding
@@ -269,13 +277,28 @@ def test_an_error_gives_the_layers_back() -> None:
     assert _replaced(model) == 0
 
 
-@pytest.mark.parametrize("how", ["float32", "float16", "unpacked", "compiled"])
+@pytest.mark.parametrize("how", ["float64", "mixed", "unpacked", "compiled", "autocast"])
 def test_what_stays_as_it_was(how: str) -> None:
-    model = _family("llama")
-    if how in ("float32", "float16"):
-        model = model.to(getattr(torch, how))
-    with fast_layers(model, how != "unpacked", compiled=how == "compiled"):
+    model = _family("llama", torch.float64 if how == "float64" else torch.bfloat16)
+    if how == "mixed":
+        for layer in model.model.layers:
+            layer.input_layernorm.float()
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"),
+        fast_layers(model, how != "unpacked", compiled=how == "compiled"),
+    ):
         assert _replaced(model) == 0
+
+
+def test_a_model_that_changes_its_dtype_is_tried_anew() -> None:
+    model = _family("llama")
+    tried = []
+    for dtype in (torch.bfloat16, torch.bfloat16, torch.float32):
+        with _running(model.to(dtype)):
+            assert _replaced(model) == 3
+        tried.append([whole._rehearsed[layer] for layer in model.model.layers])
+    first, same, other = tried
+    assert all(a is b and a is not c for a, b, c in zip(first, same, other, strict=True))
 
 
 def _handing_a_chain(batch: int, nodes: int) -> Any:
@@ -366,12 +389,13 @@ def test_parts_too_small_to_show_are_tried_too() -> None:
         assert _replaced(model) == 0
 
 
+@of_each_dtype
 @pytest.mark.parametrize("sampled", [False, True])
 def test_generation_is_the_same_with_and_without(
-    sampled: bool, monkeypatch: pytest.MonkeyPatch
+    sampled: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The texts of a random model part soon if anything is wrong; rounding alone parts few."""
-    model = _family("llama")
+    model = _family("llama", dtype)
     rows = random_prompts((9, 14, 11, 20), 101)
 
     def run() -> Tensor:

@@ -18,21 +18,36 @@ from specdec_kernels import SpeculativeDecoder, layouts
 from specdec_kernels.hf import packing
 from specdec_kernels.hf.large_pages import LargePages, aligned
 from specdec_kernels.hf.packing import packed_linears
-from specdec_kernels.layouts import OneDnn, Panels
+from specdec_kernels.layouts import OneDnn, Panels, layout_for
 
-LAYOUTS = [Panels, OneDnn]
+KINDS = {
+    "panels-float32": (Panels, torch.float32),
+    "panels-float16": (Panels, torch.float16),
+    "panels-bfloat16": (Panels, torch.bfloat16),
+    "onednn-bfloat16": (OneDnn, torch.bfloat16),
+}
+ROUNDING = {torch.float32: 2**-20, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
-@pytest.fixture(autouse=True, params=LAYOUTS, ids=["panels", "onednn"])
-def layout(request, monkeypatch) -> object:
+@pytest.fixture(autouse=True, params=KINDS)
+def kind(request, monkeypatch) -> tuple[object, torch.dtype]:
     """Both layouts, whichever this CPU would choose."""
-    if request.param is OneDnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    layout, packs = KINDS[request.param]
+    if layout is OneDnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN multiplies no bfloat16 on this CPU")
-    monkeypatch.setattr(
-        layouts, "layout_for", lambda dtype: request.param if dtype == torch.bfloat16 else None
-    )
+    monkeypatch.setattr(layouts, "layout_for", lambda dtype: layout if dtype == packs else None)
     monkeypatch.setattr(packing, "_packed", weakref.WeakKeyDictionary())
-    return request.param
+    return layout, packs
+
+
+@pytest.fixture
+def layout(kind) -> object:
+    return kind[0]
+
+
+@pytest.fixture
+def dtype(kind) -> torch.dtype:
+    return kind[1]
 
 
 class Doubled(nn.Linear):
@@ -43,7 +58,7 @@ class Doubled(nn.Linear):
 
 
 @pytest.fixture
-def layers() -> Iterator[nn.ModuleDict]:
+def layers(dtype) -> Iterator[nn.ModuleDict]:
     torch.manual_seed(0)
     with torch.no_grad():
         yield nn.ModuleDict(
@@ -53,7 +68,7 @@ def layers() -> Iterator[nn.ModuleDict]:
                 "subclass": Doubled(96, 40),
                 "other": nn.LayerNorm(96),
             }
-        ).bfloat16()
+        ).to(dtype)
 
 
 def _packed(layers: nn.ModuleDict) -> set[str]:
@@ -62,8 +77,8 @@ def _packed(layers: nn.ModuleDict) -> set[str]:
 
 @pytest.mark.parametrize("rows", [(96,), (0, 96), (1, 96), (2, 17, 96)])
 @pytest.mark.parametrize("name", ["plain", "biased"])
-def test_products_are_those_of_the_layer(layers, name: str, rows: tuple[int, ...]) -> None:
-    x = torch.randn(rows, generator=torch.Generator().manual_seed(1)).bfloat16()
+def test_products_are_those_of_the_layer(layers, dtype, name: str, rows: tuple[int, ...]) -> None:
+    x = torch.randn(rows, generator=torch.Generator().manual_seed(1)).to(dtype)
     layer = layers[name]
     exact = nn.functional.linear(
         x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double()
@@ -71,12 +86,13 @@ def test_products_are_those_of_the_layer(layers, name: str, rows: tuple[int, ...
     with packed_linears(layers, True):
         assert _packed(layers) == {"plain", "biased"}
         got = layer(x)
-    assert got.dtype == torch.bfloat16 and got.shape == exact.shape
-    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-6)
+    assert got.dtype == dtype and got.shape == exact.shape
+    torch.testing.assert_close(got.double(), exact, rtol=ROUNDING[dtype], atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [packing._TILE_ROWS - 1, packing._TILE_ROWS])
-def test_matrix_tiles_take_many_rows(layers, layout, rows: int, monkeypatch) -> None:
+def test_matrix_tiles_take_many_rows_of_bfloat16(layers, kind, rows: int, monkeypatch) -> None:
+    layout, dtype = kind
     monkeypatch.setattr(packing, "has_matrix_tiles", lambda: True)
     multiplied = []
     multiply = layout.multiply
@@ -86,33 +102,33 @@ def test_matrix_tiles_take_many_rows(layers, layout, rows: int, monkeypatch) -> 
         staticmethod(lambda x, *rest: multiplied.append(x.shape) or multiply(x, *rest)),
     )
     with packed_linears(layers, True):
-        layers["plain"](torch.zeros(2, rows // 2, 96).bfloat16())
-        layers["plain"](torch.zeros(rows, 96).bfloat16())
-    has_own_product = layout is Panels and rows == packing._TILE_ROWS
+        layers["plain"](torch.zeros(2, rows // 2, 96).to(dtype))
+        layers["plain"](torch.zeros(rows, 96).to(dtype))
+    has_own_product = kind == (Panels, torch.bfloat16) and rows == packing._TILE_ROWS
     assert len(multiplied) == (0 if has_own_product else 2)
 
 
-def test_layers_are_given_back_even_after_an_error(layers) -> None:
+def test_layers_are_given_back_even_after_an_error(layers, dtype) -> None:
     with (
         pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"),
         packed_linears(layers, True),
     ):
-        layers["plain"](torch.zeros(1, 7).bfloat16())
+        layers["plain"](torch.zeros(1, 7).to(dtype))
     assert _packed(layers) == set()
 
 
-def test_another_dtype_and_gradients_take_the_layer_s_own_way(layers) -> None:
+def test_another_dtype_and_gradients_take_the_layer_s_own_way(layers, dtype) -> None:
     layer = layers["plain"]
     with packed_linears(layers, True):
         with pytest.raises(RuntimeError, match="dtype"):
-            layer(torch.zeros(1, 96))
+            layer(torch.zeros(1, 96).double())
         with torch.enable_grad():
-            assert layer(torch.zeros(1, 96).bfloat16()).requires_grad
+            assert layer(torch.zeros(1, 96).to(dtype)).requires_grad
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced", "data"])
-def test_a_changed_weight_is_packed_anew(layers, how: str) -> None:
-    layer, x = layers["plain"], torch.randn(3, 96).bfloat16()
+def test_a_changed_weight_is_packed_anew(layers, dtype, how: str) -> None:
+    layer, x = layers["plain"], torch.randn(3, 96).to(dtype)
     with packed_linears(layers, True):
         before = layer(x)
     if how == "in place":
@@ -195,14 +211,14 @@ def test_large_pages_are_asked_for_in_private_memory() -> None:
     raise AssertionError("not in the list of mappings")
 
 
-def test_float32_is_left_alone(layers) -> None:
-    with packed_linears(layers.float(), True):
+def test_a_dtype_without_a_layout_is_left_alone(layers) -> None:
+    with packed_linears(layers.double(), True):
         assert _packed(layers) == set()
 
 
-@pytest.mark.parametrize(("free", "packs"), [(0, False), (2 * 73 * 96 * 2, True)])
-def test_unasked_it_needs_free_memory(layers, monkeypatch, free: int, packs: bool) -> None:
-    monkeypatch.setattr(packing, "_free_bytes", lambda: free)
+@pytest.mark.parametrize(("free", "packs"), [(0, False), (2 * 73 * 96, True)])
+def test_unasked_it_needs_free_memory(layers, dtype, monkeypatch, free: int, packs: bool) -> None:
+    monkeypatch.setattr(packing, "_free_bytes", lambda: free * dtype.itemsize)
     with packed_linears(layers):
         assert bool(_packed(layers)) == packs
     with packed_linears(layers, False):
@@ -222,8 +238,8 @@ def test_free_memory_is_that_of_the_control_group(monkeypatch, tmp_path) -> None
     assert packing._free_bytes() > 2**20
 
 
-def test_the_decoder_packs_and_unpacks(monkeypatch, layout) -> None:
-    model = make_tiny_model().bfloat16()
+def test_the_decoder_packs_and_unpacks(monkeypatch, layout, dtype) -> None:
+    model = make_tiny_model().to(dtype)
     seen = []
     monkeypatch.setattr(packing, "_forward", lambda linear: seen.append(linear) or linear.forward)
     ids = torch.tensor([[5, 6, 7]])
@@ -237,3 +253,21 @@ def test_the_decoder_packs_and_unpacks(monkeypatch, layout) -> None:
         model.generate(ids, max_new_tokens=4, do_sample=False, custom_generate=decoder)
         assert bool(seen) == packs
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("has_float16", [False, True])
+def test_the_layout_that_a_cpu_gets(monkeypatch, capability: str, has_float16: bool) -> None:
+    """oneDNN's for float16 where it multiplies it, panels for all else that a register widens."""
+    monkeypatch.setattr(layouts, "cpu_capability", lambda: capability)
+    onednn = torch.ops.mkldnn
+    monkeypatch.setattr(onednn, "_is_mkldnn_fp16_supported", lambda: has_float16)
+    monkeypatch.setattr(onednn, "_is_mkldnn_bf16_supported", lambda: False)
+    panels = None if capability == "default" else Panels
+    chosen = {dtype: layout_for.__wrapped__(dtype) for dtype in (*ROUNDING, torch.float64)}
+    assert chosen == {
+        torch.float32: panels,
+        torch.float16: OneDnn if has_float16 else panels,
+        torch.bfloat16: panels,
+        torch.float64: None,
+    }

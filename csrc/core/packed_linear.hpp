@@ -6,19 +6,26 @@ namespace specdec {
 
 inline constexpr int32_t kPanelOutputs = 16;
 
+// Features of an output side by side: two of bfloat16, which some CPUs multiply as a pair.
+template <class T>
+inline constexpr int32_t kPanelFeatures = 1;
+template <>
+inline constexpr int32_t kPanelFeatures<Bfloat16> = 2;
+
 struct PackedLinearParams {
-  const Bfloat16* x;       // [R, F], unit stride in F
-  const Bfloat16* panels;  // [ceil(U / 16), ceil(F / 2), 16, 2], contiguous
-  const Bfloat16* bias;    // [U], contiguous, or null
-  Bfloat16* out;           // [R, U], contiguous
-  int64_t stride_row;      // of x
+  const void* x;       // [R, F], unit stride in F
+  const void* panels;  // [ceil(U / 16), ceil(F / k), 16, k], contiguous; k = kPanelFeatures
+  const void* bias;    // [U], contiguous, or null
+  void* out;           // [R, U], contiguous
+  int64_t stride_row;  // of x
   int32_t rows, features, outputs;
+  DType dtype;
 };
 
 // A linear layer among others of an operator.
 struct PackedLayer {
-  const Bfloat16* panels;
-  const Bfloat16* bias;  // or null
+  const void* panels;
+  const void* bias;  // or null
   int32_t outputs;
 };
 

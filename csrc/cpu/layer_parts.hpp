@@ -8,12 +8,14 @@ namespace specdec::SPECDEC_ISA {
 
 void rms_norm(const RmsNormParams&);
 
-inline PackedWeight into(const PackedLayer& layer, Bfloat16* out) {
-  return {layer.panels, layer.bias, out, layer.outputs};
+template <class T>
+PackedWeight<T> into(const PackedLayer& layer, T* out) {
+  return {static_cast<const T*>(layer.panels), static_cast<const T*>(layer.bias), out,
+          layer.outputs};
 }
 
-inline void norm(const Bfloat16* x, const Bfloat16* weight, float epsilon, int32_t rows,
-                 int32_t features, Bfloat16* out) {
+inline void norm(const void* x, const void* weight, float epsilon, int32_t rows, int32_t features,
+                 void* out, DType dtype) {
   rms_norm({
       .x = x,
       .weight = weight,
@@ -22,7 +24,7 @@ inline void norm(const Bfloat16* x, const Bfloat16* weight, float epsilon, int32
       .rows = rows,
       .features = features,
       .epsilon = epsilon,
-      .dtype = DType::kBfloat16,
+      .dtype = dtype,
   });
 }
 

@@ -1,6 +1,6 @@
-// A few rows times bfloat16 weights that lie in panels of 16 outputs, two features side by side:
-// one 32-bit lane is a pair of weights of one output, multiplied as it is where the CPU multiplies
-// pairs of bfloat16, else widened by a shift and a mask.
+// A few rows times weights that lie in panels of 16 outputs: a slice of a panel holds one feature
+// of each. Of bfloat16 two, side by side: one 32-bit lane is a pair of weights of one output,
+// multiplied as it is where the CPU multiplies such pairs, else widened by a shift and a mask.
 //
 // A task owns some panels and all rows, so that every weight of few rows comes from memory once; of
 // more rows than its cache holds, a task takes as many as that at a time. It goes through its
@@ -18,18 +18,27 @@
 namespace specdec::SPECDEC_ISA {
 namespace {
 
-// Where to prefetch to, as __builtin_prefetch says it (2: past the first cache, which has room for
-// few requests), and how far ahead.
+template <class T>
+struct Panels : FloatQuanta<T> {};
 #if defined(__AVX512BF16__)
-using Quanta = Bfloat16Pairs;
+template <>
+struct Panels<Bfloat16> : Bfloat16Pairs {};
+#endif
+template <class T>
+constexpr int32_t kQuantaPerSlice = kPanelFeatures<T> / Panels<T>::kElements;
+template <class T>
+constexpr int64_t kSliceSize = kPanelOutputs * kPanelFeatures<T>;
+template <class T>
+constexpr int64_t kSliceBytes = kSliceSize<T> * sizeof(T);
+// Where to prefetch to, as __builtin_prefetch says it (2: past the first cache, which has room for
+// few requests), and how far ahead: measured on CPUs with these instructions, and on others.
+#if defined(__AVX512BF16__)
 constexpr int kCache = 2;
 constexpr int64_t kNearAhead = 2048;
 #else
-using Quanta = FloatQuanta<Bfloat16>;
 constexpr int kCache = 3;
 constexpr int64_t kNearAhead = 1024;
 #endif
-constexpr int32_t kQuantaPerPair = 2 / Quanta::kElements;
 constexpr int32_t kColumnsPerPanel = kPanelOutputs / kLanes;
 constexpr int64_t kMinBytes = 32768;  // of weights that are worth a thread
 #if defined(__AVX512F__)
@@ -40,9 +49,8 @@ constexpr int kAccumulators = 10, kMaxColumns = 4;  // of 16
 constexpr int kAccumulators = 8, kMaxColumns = 2;
 #endif
 constexpr int kBlockRows = kAccumulators / 2;  // so that a load of x serves two columns
-constexpr int64_t kPairBytes = kPanelOutputs * 4;
-constexpr int64_t kRowsBytes = 262144;      // of rows in quanta that stay in a core's cache
-constexpr int64_t kPackedByThread = 32768;  // quanta of rows that are worth a thread
+constexpr int64_t kRowsBytes = 262144;         // of rows in quanta that stay in a core's cache
+constexpr int64_t kPackedByThread = 32768;     // quanta of rows that are worth a thread
 
 // As many as there are accumulators for, in whole panels if that is one or more.
 constexpr int columns_for(int rows) {
@@ -51,60 +59,72 @@ constexpr int columns_for(int rows) {
   return columns < kColumnsPerPanel ? columns : columns / kColumnsPerPanel * kColumnsPerPanel;
 }
 
-int64_t panels_of(const PackedWeight& weight) {
+template <class T>
+int64_t panels_of(const PackedWeight<T>& weight) {
   return (int64_t{weight.outputs} + kPanelOutputs - 1) / kPanelOutputs;
 }
 
+// Of so many features.
+template <class T>
+constexpr int32_t slices_of(int32_t features) {
+  return (features + kPanelFeatures<T> - 1) / kPanelFeatures<T>;
+}
+
 // The weights of one register column.
+template <class T>
 struct Column {
-  const float* pairs;  // the first; one pair of features is kPanelOutputs floats further
-  int32_t first;       // output in lane 0
+  const T* weights;  // in the first slice
+  int32_t first;     // output in lane 0
 };
 
-// Bytes between the weights in use and those to prefetch: at the first pair, and more at each next.
+// Bytes between the weights in use and those to prefetch: at the first slice, and more at each
+// next.
 struct Ahead {
   int64_t first, step;
 };
 
-void unpack(Float pairs, Float* quanta) {
-  if constexpr (kQuantaPerPair == 1) {
-    quanta[0] = pairs;
+// A register column of a slice.
+template <class T>
+void load_slice(const T* weights, Float* quanta) {
+  if constexpr (kQuantaPerSlice<T> == 1) {
+    quanta[0] = Panels<T>::load_quanta(weights);
   } else {
-    const Uint raw = reinterpret_cast<Uint>(pairs);
-    quanta[0] = reinterpret_cast<Float>(raw << 16);
-    quanta[1] = reinterpret_cast<Float>(raw & 0xFFFF0000u);
+    const Uint pairs = reinterpret_cast<Uint>(load(reinterpret_cast<const float*>(weights)));
+    quanta[0] = reinterpret_cast<Float>(pairs << 16);
+    quanta[1] = reinterpret_cast<Float>(pairs & 0xFFFF0000u);
   }
 }
 
 // out[r, column] for kRows rows of x [quanta of features, kRows] and kColumns columns, neighbours.
-template <int kRows, int kColumns>
-void multiply_columns(const PackedWeight& weight, int32_t features, const float* x,
-                      int32_t first_row, const Column* columns, Ahead ahead) {
+template <class T, int kRows, int kColumns>
+void multiply_columns(const PackedWeight<T>& weight, int32_t features, const float* x,
+                      int32_t first_row, const Column<T>* columns, Ahead ahead) {
+  constexpr int32_t kQuanta = kQuantaPerSlice<T>;
   Float sums[kRows][kColumns];  // in registers: every loop over it is unrolled
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) sums[r][c] = Float{};
   }
-  const float* pairs[kColumns];
-  for (int c = 0; c < kColumns; ++c) pairs[c] = columns[c].pairs;
-  const int32_t num_pairs = (features + 1) / 2;
-  for (int32_t k = 0; k < num_pairs; ++k, x += kQuantaPerPair * kRows, ahead.first += ahead.step) {
-    Float quanta[kColumns][kQuantaPerPair];
+  const T* weights[kColumns];
+  for (int c = 0; c < kColumns; ++c) weights[c] = columns[c].weights;
+  const int32_t num_slices = slices_of<T>(features);
+  for (int32_t k = 0; k < num_slices; ++k, x += kQuanta * kRows, ahead.first += ahead.step) {
+    Float quanta[kColumns][kQuanta];
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
       if (c % kColumnsPerPanel == 0)
-        __builtin_prefetch(reinterpret_cast<const char*>(pairs[c]) + ahead.first, 0, kCache);
-      unpack(load(pairs[c] + int64_t{k} * kPanelOutputs), quanta[c]);
+        __builtin_prefetch(reinterpret_cast<const char*>(weights[c]) + ahead.first, 0, kCache);
+      load_slice(weights[c] + k * kSliceSize<T>, quanta[c]);
     }
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      Float row[kQuantaPerPair];
-      for (int i = 0; i < kQuantaPerPair; ++i) row[i] = splat(x[i * kRows + r]);
+      Float row[kQuanta];
+      for (int i = 0; i < kQuanta; ++i) row[i] = splat(x[i * kRows + r]);
 #pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) {
-        for (int i = 0; i < kQuantaPerPair; ++i)
-          sums[r][c] = Quanta::multiply_add(row[i], quanta[c][i], sums[r][c]);
+        for (int i = 0; i < kQuanta; ++i)
+          sums[r][c] = Panels<T>::multiply_add(row[i], quanta[c][i], sums[r][c]);
       }
     }
   }
@@ -112,12 +132,12 @@ void multiply_columns(const PackedWeight& weight, int32_t features, const float*
     const int32_t first = columns[c].first;
     const int32_t left = weight.outputs - first;
     for (int r = 0; r < kRows; ++r) {
-      Bfloat16* target = weight.out + int64_t{first_row + r} * weight.outputs + first;
+      T* target = weight.out + int64_t{first_row + r} * weight.outputs + first;
       if (left >= kLanes) {
         store(target, weight.bias == nullptr ? sums[r][c] : sums[r][c] + load(weight.bias + first));
         continue;
       }
-      Bfloat16 bias[kLanes], lanes[kLanes];
+      T bias[kLanes], lanes[kLanes];
       std::memset(bias, 0, sizeof bias);
       if (weight.bias != nullptr)
         std::memcpy(bias, weight.bias + first, static_cast<size_t>(left) * sizeof *bias);
@@ -127,29 +147,32 @@ void multiply_columns(const PackedWeight& weight, int32_t features, const float*
   }
 }
 
-using MultiplyColumns = void (*)(const PackedWeight&, int32_t, const float*, int32_t, const Column*,
-                                 Ahead);
+template <class T>
+using MultiplyColumns = void (*)(const PackedWeight<T>&, int32_t, const float*, int32_t,
+                                 const Column<T>*, Ahead);
 
-template <int kRows, int... kColumns>
-MultiplyColumns choose_columns(int columns, std::integer_sequence<int, kColumns...>) {
-  static constexpr MultiplyColumns kKernels[] = {multiply_columns<kRows, kColumns + 1>...};
+template <class T, int kRows, int... kColumns>
+MultiplyColumns<T> choose_columns(int columns, std::integer_sequence<int, kColumns...>) {
+  static constexpr MultiplyColumns<T> kKernels[] = {multiply_columns<T, kRows, kColumns + 1>...};
   return kKernels[columns - 1];
 }
 
-template <int... kRows>
-MultiplyColumns choose(int rows, int columns, std::integer_sequence<int, kRows...>) {
-  using Choose = MultiplyColumns (*)(int);
+template <class T, int... kRows>
+MultiplyColumns<T> choose(int rows, int columns, std::integer_sequence<int, kRows...>) {
+  using Choose = MultiplyColumns<T> (*)(int);
   static constexpr Choose kByRows[] = {[](int c) {
-    return choose_columns<kRows + 1>(c, std::make_integer_sequence<int, columns_for(kRows + 1)>());
+    return choose_columns<T, kRows + 1>(c,
+                                        std::make_integer_sequence<int, columns_for(kRows + 1)>());
   }...};
   return kByRows[rows - 1](columns);
 }
 
-// Rows [first, first + rows) as x [quanta of features, in whole pairs, rows]; up to kLanes floats
+// Rows [first, first + rows) as x [quanta of features, in whole slices, rows]; up to kLanes floats
 // behind them may change, too.
-void pack_rows(const PackedRows& input, int32_t first, int32_t rows, float* x) {
-  constexpr int32_t kWidth = kLanes * Quanta::kElements;
-  const Bfloat16* source = input.x + first * input.stride_row;
+template <class T>
+void pack_rows(const PackedRows<T>& input, int32_t first, int32_t rows, float* x) {
+  constexpr int32_t kElements = Panels<T>::kElements, kWidth = kLanes * kElements;
+  const T* source = input.x + first * input.stride_row;
   const int32_t whole = input.features / kWidth * kWidth;
   for (int32_t top = 0; top < rows; top += kLanes) {
     const int32_t count = rows - top < kLanes ? rows - top : kLanes;
@@ -158,7 +181,7 @@ void pack_rows(const PackedRows& input, int32_t first, int32_t rows, float* x) {
       Float lanes[kLanes];
       for (int32_t r = 0; r < kLanes; ++r) {
         lanes[r] =
-            r < count ? Quanta::load_quanta(source + (top + r) * input.stride_row + f) : Float{};
+            r < count ? Panels<T>::load_quanta(source + (top + r) * input.stride_row + f) : Float{};
       }
       transpose(lanes);
       for (int32_t i = 0; i < kLanes; ++i, target += rows) {
@@ -170,20 +193,20 @@ void pack_rows(const PackedRows& input, int32_t first, int32_t rows, float* x) {
       }
     }
   }
-  Bfloat16 last[2] = {};  // of an odd number of features: the last one and a zero
-  for (int32_t f = whole; f < round_up(input.features, 2); f += Quanta::kElements) {
+  T last[kElements];  // behind the last feature zeros
+  for (int32_t f = whole; f < slices_of<T>(input.features) * kPanelFeatures<T>; f += kElements) {
     for (int32_t r = 0; r < rows; ++r) {
-      const Bfloat16* row = source + r * input.stride_row;
-      last[0] = f < input.features ? row[f] : Bfloat16{};
-      last[1] = f + 1 < input.features ? row[f + 1] : Bfloat16{};
-      Quanta::pack(last, x + int64_t{f / Quanta::kElements} * rows + r);
+      const T* row = source + r * input.stride_row;
+      for (int32_t i = 0; i < kElements; ++i) last[i] = f + i < input.features ? row[f + i] : T{};
+      Panels<T>::pack(last, x + int64_t{f / kElements} * rows + r);
     }
   }
 }
 
 }  // namespace
 
-void multiply_packed(const PackedRows& input, const PackedWeight* weights, int num_weights) {
+template <class T>
+void multiply_packed(const PackedRows<T>& input, const PackedWeight<T>* weights, int num_weights) {
   int64_t num_panels = 0;
   for (int i = 0; i < num_weights; ++i) num_panels += panels_of(weights[i]);
   if (input.rows == 0 || num_panels == 0) return;
@@ -193,8 +216,8 @@ void multiply_packed(const PackedRows& input, const PackedWeight* weights, int n
     return static_cast<int32_t>(int64_t{input.rows} * block / num_blocks);
   };
   thread_local Scratch<float> scratch;
-  const int64_t num_pairs = (int64_t{input.features} + 1) / 2;
-  const int64_t num_quanta = num_pairs * kQuantaPerPair;  // of a row
+  const int64_t num_slices = slices_of<T>(input.features);
+  const int64_t num_quanta = num_slices * kQuantaPerSlice<T>;  // of a row
   float* x = scratch.reserve(num_quanta * input.rows + int64_t{num_blocks} * kLanes);
   const auto rows_of = [&](int32_t block) {
     return x + num_quanta * block_begin(block) + int64_t{block} * kLanes;
@@ -206,37 +229,36 @@ void multiply_packed(const PackedRows& input, const PackedWeight* weights, int n
                    pack_rows(input, begin, block_begin(block + 1) - begin, rows_of(block));
                  }
                });
-  const int64_t panel_bytes = num_pairs * kPairBytes;
+  const int64_t panel_bytes = num_slices * kSliceBytes<T>;
   const auto num_near = static_cast<int32_t>(1 + kRowsBytes / (num_quanta * kBlockRows * 4 + 1));
   const int32_t step = columns_for((input.rows + num_blocks - 1) / num_blocks);
   const int64_t group_bytes = (step + kColumnsPerPanel - 1) / kColumnsPerPanel * panel_bytes;
   // Every block of rows prefetches an equal share of the next group, so that memory never rests;
   // where there is one block, or a group that nothing has prefetched, it is what comes soon.
   const auto ahead_of = [&](bool is_first_group, int32_t block, int32_t blocks) -> Ahead {
-    if (blocks == 1 || (is_first_group && block == 0)) return {kNearAhead, kPairBytes};
-    const int64_t share = (kPairBytes + blocks - 1) / blocks;  // of a pair's bytes
-    return {group_bytes + block * share * num_pairs, share};
+    if (blocks == 1 || (is_first_group && block == 0)) return {kNearAhead, kSliceBytes<T>};
+    const int64_t share = (kSliceBytes<T> + blocks - 1) / blocks;  // of a slice's bytes
+    return {group_bytes + block * share * num_slices, share};
   };
   // Panels [begin, end) of one weight and blocks [near, far) of rows.
-  const auto multiply = [&](const PackedWeight& weight, int64_t begin, int64_t end, int32_t near,
+  const auto multiply = [&](const PackedWeight<T>& weight, int64_t begin, int64_t end, int32_t near,
                             int32_t far) {
     const int64_t first_column = begin * kColumnsPerPanel;
     int64_t end_column = (int64_t{weight.outputs} + kLanes - 1) / kLanes;
     if (end * kColumnsPerPanel < end_column) end_column = end * kColumnsPerPanel;
-    Column columns[kMaxColumns];
+    Column<T> columns[kMaxColumns];
     for (int64_t at = first_column; at < end_column; at += step) {
       const int64_t left = end_column - at;
       const int32_t count = left < step ? static_cast<int32_t>(left) : step;
       for (int32_t c = 0; c < count; ++c) {
         const int64_t column = at + c, panel = column / kColumnsPerPanel;
         const int64_t lane = column % kColumnsPerPanel * kLanes;
-        columns[c] = {reinterpret_cast<const float*>(weight.panels) +
-                          panel * num_pairs * kPanelOutputs + lane,
+        columns[c] = {weight.panels + panel * num_slices * kSliceSize<T> + lane * kPanelFeatures<T>,
                       static_cast<int32_t>(column * kLanes)};
       }
       for (int32_t block = near; block < far; ++block) {
         const int32_t first = block_begin(block), rows = block_begin(block + 1) - first;
-        choose(rows, count, std::make_integer_sequence<int, kBlockRows>())(
+        choose<T>(rows, count, std::make_integer_sequence<int, kBlockRows>())(
             weight, input.features, rows_of(block), first, columns,
             ahead_of(at == first_column, block - near, far - near));
       }
@@ -256,8 +278,19 @@ void multiply_packed(const PackedRows& input, const PackedWeight* weights, int n
 }
 
 void packed_linear(const PackedLinearParams& params) {
-  const PackedWeight weight{params.panels, params.bias, params.out, params.outputs};
-  multiply_packed({params.x, params.stride_row, params.rows, params.features}, &weight, 1);
+  with_dtype(params.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const PackedWeight<T> weight{static_cast<const T*>(params.panels),
+                                 static_cast<const T*>(params.bias), static_cast<T*>(params.out),
+                                 params.outputs};
+    multiply_packed<T>(
+        {static_cast<const T*>(params.x), params.stride_row, params.rows, params.features}, &weight,
+        1);
+  });
 }
+
+template void multiply_packed(const PackedRows<float>&, const PackedWeight<float>*, int);
+template void multiply_packed(const PackedRows<Half>&, const PackedWeight<Half>*, int);
+template void multiply_packed(const PackedRows<Bfloat16>&, const PackedWeight<Bfloat16>*, int);
 
 }  // namespace specdec::SPECDEC_ISA

@@ -5,20 +5,23 @@
 
 namespace specdec::SPECDEC_ISA {
 
+template <class T>
 struct PackedRows {
-  const Bfloat16* x;  // [R, F], unit stride in F
+  const T* x;  // [R, F], unit stride in F
   int64_t stride_row;
   int32_t rows, features;
 };
 
+template <class T>
 struct PackedWeight {
-  const Bfloat16* panels;  // see PackedLinearParams
-  const Bfloat16* bias;    // or null
-  Bfloat16* out;           // [R, outputs], contiguous
+  const T* panels;  // see PackedLinearParams
+  const T* bias;    // or null
+  T* out;           // [R, outputs], contiguous
   int32_t outputs;
 };
 
 // The same rows times each weight, the columns of all of them divided among the threads at once.
-void multiply_packed(const PackedRows& input, const PackedWeight* weights, int num_weights);
+template <class T>
+void multiply_packed(const PackedRows<T>& input, const PackedWeight<T>* weights, int num_weights);
 
 }  // namespace specdec::SPECDEC_ISA

@@ -6,7 +6,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import rms_norm, rope
+from ..shapes import FLOATS
 from .attention import current_call
 from .layers import decoder_layers, whole_layers
 from .packing import lent_forwards, packed_linears
@@ -21,7 +22,6 @@ from .packing import lent_forwards, packed_linears
 _ROPE = "apply_rotary_pos_emb"
 """What the modeling files of transformers call it."""
 _ROPE_PARAMETERS = ("q", "k", "cos", "sin", "unsqueeze_dim")
-_DTYPES = (torch.bfloat16, torch.float16)
 
 Rope = Callable[..., tuple[Tensor, Tensor]]
 
@@ -30,16 +30,20 @@ Rope = Callable[..., tuple[Tensor, Tensor]]
 def fast_layers(
     model: nn.Module, pack: bool | None = None, *, compiled: bool = False
 ) -> Iterator[None]:
-    """Let a model on the CPU run with fewer and larger operators, and give it back.
+    """Let a model on the CPU run with fewer and larger operators, and give it back. Under autocast
+    it runs as it is.
 
-    16-bit models only: float32 stays bit for bit what it was. A norm, a rotary embedding or a
-    whole layer (see `layers`) is replaced if, tried on random numbers, it computes what the
-    operators compute.
+    A norm, a rotary embedding or a whole layer (see `layers`) is replaced if, tried on random
+    numbers of the model's dtype, it computes what the operators compute: not the same bits, since
+    sums are made in another order.
 
     Args:
         pack: see `packed_linears`.
         compiled: `torch.compile` sees the model, and fuses by itself.
     """
+    if torch.is_autocast_enabled("cpu"):  # which would cast what each layer multiplies
+        yield
+        return
     norms = [] if compiled else [module for module in model.modules() if _is_rms_norm(module)]
     layers = decoder_layers(model, set(norms)) if pack is not False else {}
     with ExitStack() as lent:
@@ -66,24 +70,26 @@ def _is_rms_norm(module: nn.Module) -> bool:
     )
 
 
-_norm_classes: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+_norm_classes: weakref.WeakKeyDictionary[type, dict[torch.dtype, bool]]
+_norm_classes = weakref.WeakKeyDictionary()
 
 
 def _computes_rms_norm(module: Any) -> bool:
-    """Whether modules of its class do, tried once."""
-    kind = type(module)
-    if kind not in _norm_classes:
+    """Whether modules of its class do in its dtype, tried once."""
+    dtype = module.weight.dtype
+    known = _norm_classes.setdefault(type(module), {})
+    if dtype not in known:
         generator = torch.Generator().manual_seed(0)
-        shape, dtype = (16, len(module.weight)), module.weight.dtype
+        shape = (16, len(module.weight))
         x = torch.randn(shape, generator=generator).to(dtype)
         weight = torch.rand(shape[1], generator=generator).to(dtype)  # ones would hide a formula
         try:
             with torch.no_grad():
                 own = torch.func.functional_call(module, {"weight": weight}, (x,))
-            _norm_classes[kind] = _agree(own, rms_norm(x, weight, module.variance_epsilon))
+            known[dtype] = _agree(own, rms_norm(x, weight, module.variance_epsilon))
         except (RuntimeError, TypeError, ValueError):  # wants something else
-            _norm_classes[kind] = False
-    return _norm_classes[kind]
+            known[dtype] = False
+    return known[dtype]
 
 
 def _norm_forward(norm: Any) -> Callable[[Tensor], Tensor]:
@@ -104,19 +110,20 @@ def _norm_forward(norm: Any) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def _fused_rope(model: nn.Module) -> Iterator[None]:
-    files = []
     some = next(model.parameters(), None)
-    if some is not None and _is_fusable(some):
-        names = {type(module).__module__ for module in model.modules()}
-        loaded = (sys.modules[name] for name in names if name in sys.modules)
-        files = [file for file in loaded if _has_rope(file, some.dtype)]
+    if some is None or not _is_fusable(some):
+        yield
+        return
+    names = {type(module).__module__ for module in model.modules()}
+    loaded = (sys.modules[name] for name in names if name in sys.modules)
+    files = [file for file in loaded if _has_rope(file, some.dtype)]
     try:
         for file in files:
-            _lend(file)
+            _lend(file, some.dtype)
         yield
     finally:
         for file in files:
-            _give_back(file)
+            _give_back(file, some.dtype)
 
 
 def _has_rope(file: Any, dtype: torch.dtype) -> bool:
@@ -125,12 +132,14 @@ def _has_rope(file: Any, dtype: torch.dtype) -> bool:
     return inspect.isfunction(own) and _computes_rope(own, dtype)
 
 
-_rope_functions: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+_rope_functions: weakref.WeakKeyDictionary[Any, dict[torch.dtype, bool]]
+_rope_functions = weakref.WeakKeyDictionary()
 
 
 def _computes_rope(function: Rope, dtype: torch.dtype) -> bool:
-    """Whether it is the operator, tried once."""
-    if function not in _rope_functions:
+    """Whether it is the operator in this dtype, tried once."""
+    known = _rope_functions.setdefault(function, {})
+    if dtype not in known:
         generator = torch.Generator().manual_seed(0)
         q, k, cos, sin = (
             torch.randn(shape, generator=generator).to(dtype)
@@ -139,42 +148,45 @@ def _computes_rope(function: Rope, dtype: torch.dtype) -> bool:
         is_one = tuple(inspect.signature(function).parameters) == _ROPE_PARAMETERS
         try:
             pairs = zip(function(q, k, cos, sin), rope(q, k, cos, sin), strict=True)
-            _rope_functions[function] = is_one and all(_agree(*pair) for pair in pairs)
+            known[dtype] = is_one and all(_agree(*pair) for pair in pairs)
         except (RuntimeError, TypeError, ValueError):
-            _rope_functions[function] = False
-    return _rope_functions[function]
+            known[dtype] = False
+    return known[dtype]
 
 
 _lock = threading.RLock()
-_loans: dict[Any, tuple[Rope, int]] = {}
-"""Modeling file -> its own function, and how many use the other one. Threads may share a file."""
+_loans: dict[Any, tuple[Rope, list[torch.dtype]]] = {}
+"""Modeling file -> its own function, and for each who uses the other one the dtype of the model.
+Threads may share a file.
+"""
 
 
-def _lend(file: Any) -> None:
+def _lend(file: Any, dtype: torch.dtype) -> None:
     with _lock:
-        own, users = _loans.get(file, (getattr(file, _ROPE), 0))
-        _loans[file] = own, users + 1
-        if not users:
-            setattr(file, _ROPE, _rope_of(own))
+        own, users = _loans.setdefault(file, (getattr(file, _ROPE), []))
+        users.append(dtype)
+        if len(users) == 1:
+            setattr(file, _ROPE, _rope_of(own, users))
 
 
-def _give_back(file: Any) -> None:
+def _give_back(file: Any, dtype: torch.dtype) -> None:
     with _lock:
         own, users = _loans[file]
-        _loans[file] = own, users - 1
-        if users == 1:
+        users.remove(dtype)
+        if not users:
             setattr(file, _ROPE, own)
             del _loans[file]
 
 
-def _rope_of(own: Rope) -> Rope:
+def _rope_of(own: Rope, dtypes: Sequence[torch.dtype]) -> Rope:
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
         fits = (
             current_call() is not None  # others may use the file, too
             and unsqueeze_dim == 1
-            and _is_fusable(q)
+            and q.device.type == "cpu"
+            and q.dtype in dtypes
             and q.dtype == k.dtype == cos.dtype == sin.dtype
             and q.dim() == k.dim() == 4
             and cos.shape[1:] == sin.shape[1:] == (q.shape[2], q.shape[3])
@@ -190,13 +202,15 @@ def _rope_of(own: Rope) -> Rope:
 
 
 def _is_fusable(tensor: Tensor) -> bool:
-    return tensor.dtype in _DTYPES and tensor.device.type == "cpu"
+    return tensor.dtype in FLOATS and tensor.device.type == "cpu"
 
 
 def _agree(own: Any, other: Tensor) -> bool:
-    """But for a last bit here and there, where sums were made in another order."""
+    """But for the order of sums: in 16 bits it moves a last bit here and there, in 32 many."""
     if not isinstance(own, Tensor) or own.shape != other.shape or own.dtype != other.dtype:
         return False
+    if own.dtype == torch.float32:
+        return torch.allclose(own, other, rtol=2e-6, atol=2e-6)
     error = (own.float() - other.float()).abs()
     last_bit = torch.finfo(own.dtype).eps * own.float().abs()
     return bool((error <= last_bit).all()) and float((error == 0).float().mean()) > 0.98

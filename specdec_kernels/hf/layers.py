@@ -35,8 +35,10 @@ _CHILDREN = {
 """Part -> what it may consist of."""
 _OF_THE_LAYER = {"attention_mask", "position_embeddings", *CACHES}
 """Keywords that the attention never sees, or that `attend_tree` has no use for."""
-_TOLERANCE = 0.02
-"""Of the whole, in Euclidean norm: what roundings to bfloat16 leave of it is about 0.004."""
+_TOLERANCES = {torch.float32: 1e-5, torch.float16: 0.0025, torch.bfloat16: 0.02}
+"""Of the whole, in Euclidean norm: what roundings to bfloat16 leave of it is about 0.004, what the
+order of float32 sums does 3e-7.
+"""
 
 
 def decoder_layers(model: nn.Module, norms: Container[nn.Module]) -> dict[Any, dict[str, Any]]:
@@ -86,6 +88,7 @@ def _has_the_parts(layer: Any, norms: Container[nn.Module]) -> bool:
     own = _norms(layer)
     return (
         next(layer.buffers(), None) is None
+        and len({parameter.dtype for parameter in layer.parameters()}) == 1
         and all(norm in norms and norm.variance_epsilon == own[0].variance_epsilon for norm in own)
         and all(takes_panels(linear) for linear in _linears(layer))
     )
@@ -109,7 +112,7 @@ class _Halves:
         attention, mlp, linears = layer.self_attn, layer.mlp, _linears(layer)
         first, second, *of_heads = _norms(layer)
         self.head_dim = int(attention.head_dim)
-        self.size = first.weight.numel()
+        self.size, self.dtype = first.weight.numel(), first.weight.dtype
         heads, groups = (linear.out_features // self.head_dim for linear in linears[:2])
         packed = [panels(linear) for linear in linears]
         self.panels: list[Tensor] = [p for p in packed if p is not None]
@@ -138,7 +141,7 @@ class _Halves:
 
     def fit(self, x: Tensor, embeddings: Any) -> bool:
         """Whether these are hidden states and a rotary embedding as the operators take them."""
-        if not isinstance(embeddings, tuple) or x.dim() != 3:
+        if not isinstance(embeddings, tuple) or x.dim() != 3 or x.dtype != self.dtype:
             return False
         shape = (x.shape[1], self.head_dim)
         return all(e.dtype == x.dtype and e.shape[1:] == shape for e in embeddings)
@@ -163,14 +166,15 @@ def _options_of(layer: Any, twins: dict[Any, Any]) -> dict[str, Any] | None:
     """
     plain = (int, float, str, bool)
     config = getattr(layer.self_attn, "config", None)
-    state = [
+    state: list[Any] = [
         (name, value if isinstance(value, plain) else id(value))
         for thing in (config, *layer.modules())
         for name, value in _own_values(thing).items()
     ]
+    state.append(layer.input_layernorm.weight.dtype)
     if layer not in _rehearsed or _rehearsed[layer][0] != state:
         classes = tuple(type(part) for part in layer.modules())
-        made_of = (classes, *((name, x.shape) for name, x in layer.named_parameters()))
+        made_of = (classes, *((name, x.shape, x.dtype) for name, x in layer.named_parameters()))
         if made_of not in twins:
             twins[made_of] = _twin(layer)
         _rehearsed[layer] = (state, _rehearse(layer, twins[made_of]))
@@ -193,7 +197,8 @@ def _twin(layer: Any) -> Any:
         part._forward_pre_hooks.clear()
     for parameter in twin.parameters():
         size = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
-        parameter.data = (torch.randn(parameter.shape, generator=generator) * size).bfloat16()
+        random = torch.randn(parameter.shape, generator=generator) * size
+        parameter.data = random.to(parameter.dtype)
     return twin
 
 
@@ -209,7 +214,7 @@ def _rehearse(layer: Any, twin: Any) -> dict[str, Any] | None:
     try:
         halves = _Halves(twin, lambda linear: panels_of(linear.weight))
         x, cos, sin = (
-            torch.randn((2, 3, size), generator=generator).bfloat16()
+            torch.randn((2, 3, size), generator=generator).to(halves.dtype)
             for size in (halves.size, halves.head_dim, halves.head_dim)
         )
         with torch.no_grad(), lending([config]), handing(rehearsal):
@@ -228,7 +233,7 @@ def _rehearse(layer: Any, twin: Any) -> dict[str, Any] | None:
 def _near(ours: Tensor, own: Tensor) -> bool:
     if ours.shape != own.shape or ours.dtype != own.dtype:
         return False
-    return bool((ours.float() - own.float()).norm() <= _TOLERANCE * own.float().norm())
+    return bool((ours.float() - own.float()).norm() <= _TOLERANCES[own.dtype] * own.float().norm())
 
 
 class _Forward:

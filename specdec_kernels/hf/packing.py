@@ -95,8 +95,9 @@ def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The layer's product, from the packed copy."""
     layout = _layout_of(linear)
     weight, multiply = _packed[linear][1], layout.multiply
-    most = _TILE_ROWS - 1 if layout is Panels and has_matrix_tiles() else sys.maxsize
     dtype, width, bias = linear.weight.dtype, linear.in_features, linear.bias
+    has_tiles = layout is Panels and dtype == torch.bfloat16 and has_matrix_tiles()
+    most = _TILE_ROWS - 1 if has_tiles else sys.maxsize
     num_outputs = linear.out_features
 
     def forward(input: Tensor) -> Tensor:

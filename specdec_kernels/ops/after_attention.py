@@ -87,13 +87,13 @@ def _inputs(
 
 
 @op(
-    shapes="attended: B H N E bfloat16, residual: B N F bfloat16, o_panels: _ _ _ _ bfloat16, "
-    "norm_weight: F bfloat16, gate_panels: _ _ _ _ bfloat16, up_panels: _ _ _ _ bfloat16, "
-    "down_panels: _ _ _ _ bfloat16, o_bias: _ bfloat16, gate_bias: _ bfloat16, "
-    "up_bias: _ bfloat16, down_bias: _ bfloat16",
+    shapes="attended: B H N E float, residual: B N F float, o_panels: _ _ _ _ float, "
+    "norm_weight: F float, gate_panels: _ _ _ _ float, up_panels: _ _ _ _ float, "
+    "down_panels: _ _ _ _ float, o_bias: _ float, gate_bias: _ float, up_bias: _ float, "
+    "down_bias: _ float",
     fake=_fake,
     inputs=_inputs,
-    tolerance={torch.bfloat16: 2**-7},
+    tolerance={torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-7},
     cases=(
         {"B": 1, "N": 1, "F": 64, "H": 2, "E": 16, "U": 96},
         {"B": 2, "N": 3, "F": 33, "H": 3, "E": 5, "U": 47},
@@ -118,16 +118,16 @@ def after_attention(
 ) -> Tensor:
     """What a pre-norm decoder layer makes of its attention's values:
     h = residual + o(attended), then h + down(silu(gate(norm(h))) up(norm(h))), of `rms_norm` and
-    `packed_linear`, each step rounded to bfloat16.
+    `packed_linear`, each step rounded to their dtype.
 
     Args:
-        attended: [B, H, N, E] bfloat16, any strides.
+        attended: [B, H, N, E] float, any strides.
         residual: [B, N, F], the hidden states that entered the layer.
         o_panels: `panels_of` the weight [F, H E].
         norm_weight: [F], with `epsilon` as in `rms_norm`.
         gate_panels, up_panels, down_panels: of the weights [U, F], [U, F], [F, U].
         num_hidden: U.
-        o_bias, gate_bias, up_bias, down_bias: [F], [U], [U], [F] bfloat16, or None.
+        o_bias, gate_bias, up_bias, down_bias: [F], [U], [U], [F], or None.
 
     Returns:
         [B, N, F], contiguous; NaN and infinities as the formulas give them.

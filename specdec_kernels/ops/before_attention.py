@@ -95,13 +95,13 @@ def _inputs(
 
 
 @op(
-    shapes="x: B N F bfloat16, norm_weight: F bfloat16, q_panels: _ _ _ _ bfloat16, "
-    "k_panels: _ _ _ _ bfloat16, v_panels: _ _ _ _ bfloat16, cos: B N D bfloat16, "
-    "sin: B N D bfloat16, q_bias: _ bfloat16, k_bias: _ bfloat16, v_bias: _ bfloat16, "
-    "q_norm_weight: D bfloat16, k_norm_weight: D bfloat16",
+    shapes="x: B N F float, norm_weight: F float, q_panels: _ _ _ _ float, "
+    "k_panels: _ _ _ _ float, v_panels: _ _ _ _ float, cos: B N D float, sin: B N D float, "
+    "q_bias: _ float, k_bias: _ float, v_bias: _ float, q_norm_weight: D float, "
+    "k_norm_weight: D float",
     fake=_fake,
     inputs=_inputs,
-    tolerance={torch.bfloat16: 2**-7},
+    tolerance={torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-7},
     cases=(
         {"B": 1, "N": 1, "F": 64, "H": 2, "G": 1, "D": 16},
         {"B": 2, "N": 3, "F": 33, "H": 3, "G": 3, "D": 10},
@@ -127,17 +127,17 @@ def before_attention(
     k_norm_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a pre-norm decoder layer gives its attention: `rms_norm`, three times `packed_linear`,
-    where wanted `rms_norm` of every head of queries and keys, and their `rope`, each rounded to
-    bfloat16 as there.
+    where wanted `rms_norm` of every head of queries and keys, and their `rope`, each rounded as
+    there.
 
     Args:
-        x: [B, N, F] bfloat16, the hidden states, any strides.
+        x: [B, N, F] float, the hidden states, any strides.
         norm_weight: [F], with `epsilon` as in `rms_norm`; it serves all norms.
         q_panels, k_panels, v_panels: `panels_of` the weights [H D, F], [G D, F], [G D, F].
         cos, sin: [B, N, D], as in `rope`.
         num_heads, num_groups: H and G.
-        q_bias, k_bias, v_bias: [H D], [G D], [G D] bfloat16, or None.
-        q_norm_weight, k_norm_weight: [D] bfloat16, of the norms of heads, or None.
+        q_bias, k_bias, v_bias: [H D], [G D], [G D], or None.
+        q_norm_weight, k_norm_weight: [D], of the norms of heads, or None.
 
     Returns:
         q [B, H, N, D] and k [B, G, N, D], turned, contiguous; v [B, G, N, D], contiguous as

@@ -15,18 +15,25 @@ PANEL_OUTPUTS = 16
 
 def panels_of(weight: Tensor) -> Tensor:
     """The weight of a linear layer as `packed_linear` reads it: 16 outputs side by side, and of
-    each the weights of two features.
+    each the weight of one feature, or of bfloat16 those of two, which some CPUs multiply as pairs.
 
     Args:
-        weight: [U, F] bfloat16.
+        weight: [U, F] float.
 
     Returns:
-        [ceil(U / 16), ceil(F / 2), 16, 2] bfloat16, zeros behind the last output and feature.
+        [ceil(U / 16), ceil(F / k), 16, k] with k = 2 of bfloat16, else 1; zeros behind the last
+        output and feature.
     """
     outputs, features = weight.shape
-    padded = pad(weight, (0, features % 2, 0, -outputs % PANEL_OUTPUTS))
-    shape = (-(-outputs // PANEL_OUTPUTS), PANEL_OUTPUTS, (features + 1) // 2, 2)
-    return padded.view(shape).transpose(1, 2).contiguous()
+    count, slices, rows, width = panels_shape(outputs, features, weight.dtype)
+    padded = pad(weight, (0, slices * width - features, 0, count * rows - outputs))
+    return padded.view(count, rows, slices, width).transpose(1, 2).contiguous()
+
+
+def panels_shape(outputs: int, features: int, dtype: torch.dtype) -> list[int]:
+    """Of the panels of a weight."""
+    width = 2 if dtype == torch.bfloat16 else 1
+    return [-(-max(0, outputs) // PANEL_OUTPUTS), -(-features // width), PANEL_OUTPUTS, width]
 
 
 def weight_of(panels: Tensor, num_outputs: int, num_features: int) -> Tensor:
@@ -45,7 +52,7 @@ def check_panels(
         weight: its outputs and features.
     """
     outputs, features = weight
-    wanted = [-(-max(0, outputs) // PANEL_OUTPUTS), (features + 1) // 2, PANEL_OUTPUTS, 2]
+    wanted = panels_shape(outputs, features, panels.dtype)
     if list(panels.shape) != wanted:
         raise ValueError(
             f"{op}: {name}panels of a weight [{outputs}, {features}] must be {wanted}, "
@@ -75,10 +82,11 @@ def _inputs(
 
 
 @op(
-    shapes="x: R F bfloat16, panels: _ _ _ _ bfloat16, bias: _ bfloat16",
+    shapes="x: R F float, panels: _ _ _ _ float, bias: _ float",
     fake=_fake,
     inputs=_inputs,
-    tolerance={torch.bfloat16: 2**-8},  # the last bit of the largest value
+    # of 16 bits the last one of the largest value
+    tolerance={torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-8},
     cases=(
         {"R": 1, "U": 16, "F": 2},
         {"R": 3, "U": 5, "F": 7},
@@ -93,17 +101,17 @@ def packed_linear(
 ) -> Tensor:
     """x W^T + bias for a few rows, summed in float32 and rounded once.
 
-    A row's result does not depend on the other rows of the call. CPUs without bfloat16 products
-    widen the weights in registers, so that a step reads each of them once, as bfloat16.
+    A row's result does not depend on the other rows of the call. CPUs without products of the
+    dtype widen the weights in registers, so that a step reads each of them once, as it is.
 
     Args:
-        x: [R, F] bfloat16, any strides.
+        x: [R, F] float, any strides.
         panels: of the weight [U, F], from `panels_of`.
         num_outputs: U.
-        bias: [U] bfloat16, or None.
+        bias: [U], or None.
 
     Returns:
-        [R, U] bfloat16; NaN and infinities as the products give them.
+        [R, U]; NaN and infinities as the products give them.
 
     Raises:
         ValueError: panels or bias of another size.
