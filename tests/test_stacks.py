@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 from prompts import random_prompts
-from test_layers import FAMILIES, SIZES, TREE, _family, _packs_in_panels, _running
+from test_layers import (
+    FAMILIES,
+    SIZES,
+    TREE,
+    _family,
+    _packs_in_panels,
+    _running,
+    of_each_dtype,
+)
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -48,9 +56,12 @@ def _keys(target: HFTarget) -> Tensor:
     )
 
 
+@of_each_dtype
 @pytest.mark.parametrize("family", [name for name, count in FAMILIES.items() if count])
-def test_the_second_pass_is_one_call_with_the_same_bits(family: str, calls: list[int]) -> None:
-    model = _family(family)
+def test_the_second_pass_is_one_call_with_the_same_bits(
+    family: str, dtype: torch.dtype, calls: list[int]
+) -> None:
+    model = _family(family, dtype)
     with _running(model):
         target, tree = _target(model)
         one_by_one, keys = target.forward(tree), _keys(target)
