@@ -244,27 +244,26 @@ auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
     return kept.emplace_back(packed(tensor)).const_data_ptr();
   };
 
-  const ScalarType type = x.scalar_type();
   // Each layer finds in `out` what the one before it left there.
-  Output q({batch, num_heads, nodes, dim}, type);
-  Output k({batch, num_groups, nodes, dim}, type);
-  Output v({batch, nodes, num_groups, dim}, type);
-  Output attended({batch, nodes, num_heads, dim}, type);
-  Output out({batch, nodes, features}, type);
+  Output q({batch, num_heads, nodes, dim}, x.scalar_type());
+  Output k({batch, num_groups, nodes, dim}, x.scalar_type());
+  Output v({batch, nodes, num_groups, dim}, x.scalar_type());
+  Output attended({batch, nodes, num_heads, dim}, x.scalar_type());
+  Output out({batch, nodes, features}, x.scalar_type());
+  const DType dtype = dtype_of(x);
   const auto by_head = [&](const Output& heads, int64_t count) -> TensorView {
     return {heads.data<void>(),
-            dtype_of(x),
+            dtype,
             {batch, count, nodes, dim},
             {count * nodes * dim, nodes * dim, dim, 1}};
   };
   const auto by_node = [&](const Output& heads, int64_t count) -> TensorView {
     return {heads.data<void>(),
-            dtype_of(x),
+            dtype,
             {batch, count, nodes, dim},
             {count * nodes * dim, dim, count * dim, 1}};
   };
-  const TensorView attended_view{
-      attended.data<void>(), dtype_of(x), {batch, nodes, num_heads, dim}, {}};
+  const TensorView attended_view{attended.data<void>(), dtype, {batch, nodes, num_heads, dim}, {}};
   const BeforeAttentionParams before =
       before_attention_params(cosines, sines, features, num_heads, num_groups, epsilon);
   const AfterAttentionParams after =

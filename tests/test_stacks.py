@@ -7,15 +7,7 @@ from typing import Any
 import pytest
 import torch
 from prompts import random_prompts
-from test_layers import (
-    FAMILIES,
-    SIZES,
-    TREE,
-    _family,
-    _packs_in_panels,
-    _running,
-    of_each_dtype,
-)
+from test_layers import FAMILIES, SIZES, TREE, _family, _packs_in_panels, _running, of_each_dtype
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 

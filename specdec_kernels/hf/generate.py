@@ -70,9 +70,9 @@ class SpeculativeDecoder:
             temperature 0 is a greedy row. They need `do_sample=True`.
         compile: run the steps under `torch.compile`, with trees padded to a few sizes; True, or a
             backend that it takes.
-        pack: keep packed copies of 16-bit weights on the CPU, from which steps are up to twice as
-            fast, on CPUs without bfloat16 products several times; None where they fit into half of
-            the free memory. With `compile` on the latter only.
+        pack: keep packed copies of weights on the CPU, from which steps are about twice as fast,
+            in 16 bits on CPUs without products of these several times; None where they fit into
+            half of the free memory. With `compile` only those that `packed_linear` reads.
 
     Attributes:
         stats: `DecodeStats` of the last call; of the running one while it runs.
