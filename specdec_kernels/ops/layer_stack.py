@@ -108,7 +108,7 @@ def _inputs(
     S: int,
     window: int = 0,
     softcap: float = 0.0,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)

@@ -224,9 +224,12 @@ def tree(example: dict[str, Any]) -> Draw:
         children[parent].append(node)
     depth, height = _layout(children, parents)
     rows = max(height.values(), default=0) + 1
+    texts = [repr(token)[1:-1] or " " for token in example["tokens"]]
+    texts = [text if len(text) <= 12 else text[:11] + "…" for text in texts]
+    width = (0.36 + 0.058 * max(map(len, texts))) * (max(depth.values()) + 1)
 
     def draw(theme: Theme) -> Figure:
-        figure = Figure(figsize=(max(7.6, 1.05 * (max(depth.values()) + 1)), 0.3 * rows + 0.4))
+        figure = Figure(figsize=(max(7.6, width), 0.3 * rows + 0.4))
         axes = figure.subplots()
         axes.set_axis_off()
         for node, parent in enumerate(parents):
@@ -236,11 +239,10 @@ def tree(example: dict[str, Any]) -> Draw:
                 xs = [depth[parent] + 0.08, depth[node] - 0.08]
                 ys = [height[parent], height[node]]
                 axes.plot(xs, ys, color=colour, linewidth=2.2 if is_kept else 1, zorder=1)
-            text = repr(example["tokens"][node])[1:-1].replace("$", r"\$") or " "
             axes.text(
                 depth[node],
                 height[node],
-                text if len(text) <= 12 else text[:11] + "…",
+                texts[node].replace("$", r"\$"),
                 ha="center",
                 va="center",
                 fontsize=8,
