@@ -107,7 +107,7 @@ $(TORCH_STAMP):
 	  || { echo 'make: no C++ compiler; install one (on Debian and Ubuntu: apt install g++), or set CXX' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.torch-*
-	$(BIN)/pip install 'setuptools>=77' 'cmake>=3.22' ninja $(TORCH)
+	$(BIN)/pip install 'setuptools>=77' 'cmake>=3.22' ninja pybind11 $(TORCH)
 	touch $@
 
 $(STAMP): $(TORCH_STAMP) $(SOURCES)

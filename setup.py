@@ -31,7 +31,6 @@ class CMakeBuild(build_ext):
             "SPECDEC_OUTPUT": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
             "SPECDEC_CUDA": os.environ.get("SPECDEC_CUDA", "AUTO"),
             "SPECDEC_CUDA_ARCHS": os.environ.get("SPECDEC_CUDA_ARCHS", "80;90;100"),
-            "SPECDEC_EMULATED": "OFF",  # may be on from before, and needs what is not installed yet
             "CMAKE_MAKE_PROGRAM": _tool("ninja"),
         }
         if "SPECDEC_WERROR" in os.environ:  # else as it was: other flags would compile all again
