@@ -330,6 +330,7 @@ def _layer_by_layer(inputs: Inputs) -> Callable[[], Tensor]:
     cos, sin, epsilon, scale = (inputs[name] for name in ("cos", "sin", "epsilon", "scale"))
     heads, groups = inputs["num_heads"], inputs["k_caches"][0].shape[1]
     norms, panels = inputs["norm_weights"], inputs["panels"]
+    num_hidden = inputs["num_hidden"]
 
     def call() -> Tensor:
         x: Tensor = inputs["x"]
@@ -341,7 +342,6 @@ def _layer_by_layer(inputs: Inputs) -> Callable[[], Tensor]:
             q, k, v = before_attention(x, first, epsilon, *own[:3], cos, sin, heads, groups)
             write_kv(k, v, k_cache, v_cache, *tree[2:])
             attended, _ = tree_attention(q, k_cache, v_cache, *tree, scale=scale)
-            num_hidden = inputs["num_hidden"]
             x = after_attention(attended, x, own[3], second, epsilon, *own[4:], num_hidden)
         return x
 
@@ -392,5 +392,5 @@ HF_NORM = Baseline("hf LlamaRMSNorm", _hf_norm, _same_values)
 HF_ROPE = Baseline("hf apply_rotary_pos_emb", _hf_rope, _same_values)
 LINEAR = Baseline("torch linear", _linear, _same_products)
 HF_BEFORE_ATTENTION = Baseline("hf layer, eager", _hf_before_attention, _same_products)
-LAYER_BY_LAYER = Baseline("layer by layer", _layer_by_layer, _same_layers)
 HF_AFTER_ATTENTION = Baseline("hf layer, eager", _hf_after_attention, _same_products)
+LAYER_BY_LAYER = Baseline("layer by layer", _layer_by_layer, _same_layers)

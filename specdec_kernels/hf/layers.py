@@ -21,8 +21,9 @@ from .attention import (
     handing,
     lending,
 )
+from .cache import CACHE_KEYWORDS
 from .packing import lent_forwards, panels_in_use, takes_panels
-from .stacks import CACHES, Stack
+from .stacks import Stack
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -33,7 +34,7 @@ _CHILDREN = {
     "mlp": [{*_MLP, "act_fn"}],
 }
 """Part -> what it may consist of."""
-_OF_THE_LAYER = {"attention_mask", "position_embeddings", *CACHES}
+_OF_THE_LAYER = {"attention_mask", "position_embeddings", *CACHE_KEYWORDS}
 """Keywords that the attention never sees, or that `attend_tree` has no use for."""
 _TOLERANCES = {torch.float32: 1e-5, torch.float16: 0.0025, torch.bfloat16: 0.02}
 """Of the whole, in Euclidean norm: what roundings to bfloat16 leave of it is about 0.004, what the
@@ -105,8 +106,14 @@ def _linears(layer: Any) -> list[Any]:
     return attention + [getattr(layer.mlp, name) for name in _MLP]
 
 
-class _Halves:
-    """What a layer does before its attention and after it."""
+class Halves:
+    """What a layer does before its attention and after it.
+
+    Attributes:
+        norms: weights of the norms before attention and MLP, and of heads of queries and keys.
+        panels, biases: of q, k, v, o, gate, up and down.
+        sizes: query heads, key/value heads, head dim, outputs of gate and up, epsilon.
+    """
 
     def __init__(self, layer: Any, panels: Callable[[Any], Tensor | None]) -> None:
         attention, mlp, linears = layer.self_attn, layer.mlp, _linears(layer)
@@ -212,7 +219,7 @@ def _rehearse(layer: Any, twin: Any) -> dict[str, Any] | None:
     config = getattr(layer.self_attn, "config", None)
     rehearsal = Rehearsal()
     try:
-        halves = _Halves(twin, lambda linear: panels_of(linear.weight))
+        halves = Halves(twin, lambda linear: panels_of(linear.weight))
         x, cos, sin = (
             torch.randn((2, 3, size), generator=generator).to(halves.dtype)
             for size in (halves.size, halves.head_dim, halves.head_dim)
@@ -246,7 +253,7 @@ class _Forward:
     """
 
     def __init__(self, layer: Any, options: dict[str, Any]) -> None:
-        self.halves = _Halves(layer, panels_in_use)
+        self.halves = Halves(layer, panels_in_use)
         self.options = options
         self.stack: Stack | None = None
         self.index = 0
@@ -275,7 +282,7 @@ class _Forward:
         batch = len(hidden_states)
         cos, sin = (e if len(e) == batch else e.expand(batch, -1, -1) for e in embeddings or ())
         q, k, v = self.halves.before(hidden_states, cos, sin)
-        for name in CACHES:
+        for name in CACHE_KEYWORDS:
             if (cache := kwargs.get(name)) is not None:
                 k, v = cache.update(k, v, attention.layer_idx)
         attended = attend_tree(call, attention.layer_idx, q, k, v, **self.options)

@@ -6,38 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..ops import layer_stack
 from .attention import TreeCall, is_ragged
-from .cache import TreeCache
+from .cache import CACHE_KEYWORDS, TreeCache
 
-CACHES = ("cache", "past_key_values")
-"""What versions of transformers call it."""
-_SHARED = ("position_embeddings", *CACHES)
+if TYPE_CHECKING:
+    from .layers import Halves
+
+_SHARED = ("position_embeddings", *CACHE_KEYWORDS)
 """Keywords that every layer must be given the same of."""
 
 
 def _shared(kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(kwargs.get(name) for name in _SHARED)
-
-
-class Halves(Protocol):
-    """What `layer_stack` reads of a layer.
-
-    Attributes:
-        norms: weights of the norms before attention and MLP, and of heads of queries and keys.
-        panels, biases: of q, k, v, o, gate, up and down.
-        sizes: query heads, key/value heads, head dim, outputs of gate and up, epsilon: the same
-            for all layers of a stack.
-    """
-
-    norms: list[Tensor]
-    panels: list[Tensor]
-    biases: list[Tensor | None]
-    sizes: tuple[Any, ...]
 
 
 @dataclass(slots=True)
@@ -108,11 +93,11 @@ class Stack:
     ) -> None:
         self._indices = [layer.self_attn.layer_idx for layer in layers]
         self._options = options[0]
-        self._halves = halves
+        self._sizes = halves[0].sizes
         self._is_uniform = all(
-            half.sizes == halves[0].sizes
+            half.sizes == self._sizes
             and len(half.norms) == len(halves[0].norms)
-            and option == options[0]
+            and option == self._options
             for half, option in zip(halves, options, strict=True)
         )
         self._is_chain = False
@@ -181,7 +166,7 @@ class Stack:
         cache = next(cache for cache in caches if cache is not None)
         layers = [cache.tree_layers[i] for i in self._indices]
         localities = call.localities.by_layer
-        heads, _, _, num_hidden, epsilon = self._halves[0].sizes
+        heads, _, _, num_hidden, epsilon = self._sizes
         cos, sin = (e.expand(len(hidden), -1, -1) for e in embeddings)
         out: Tensor = layer_stack(
             hidden,

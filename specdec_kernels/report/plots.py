@@ -226,6 +226,7 @@ def tree(example: dict[str, Any]) -> Draw:
     rows = max(height.values(), default=0) + 1
     texts = [repr(token)[1:-1] or " " for token in example["tokens"]]
     texts = [text if len(text) <= 12 else text[:11] + "…" for text in texts]
+    # inches of a level: a frame, and its letters
     width = (0.36 + 0.058 * max(map(len, texts))) * (max(depth.values()) + 1)
 
     def draw(theme: Theme) -> Figure:
