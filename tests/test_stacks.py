@@ -74,7 +74,7 @@ def test_a_text_goes_on_behind_what_it_keeps(calls: list[int]) -> None:
     kept = torch.tensor([3, 1, 2], dtype=torch.int32)
     logits: dict[bool, list[Tensor]] = {}
     for hooked in (False, True):
-        handle = model.model.layers[1].register_forward_hook(lambda *_: None)
+        handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
         if not hooked:
             handle.remove()
         with _running(model):
@@ -90,7 +90,7 @@ def test_a_text_goes_on_behind_what_it_keeps(calls: list[int]) -> None:
         assert torch.equal(together, one_by_one)
 
 
-@pytest.mark.parametrize("part", ["", "self_attn", "mlp.down_proj", "post_attention_layernorm"])
+@pytest.mark.parametrize("part", ["self_attn", "mlp.down_proj", "post_attention_layernorm"])
 def test_hooks_see_every_pass(part: str, calls: list[int]) -> None:
     model = _family("llama")
     seen: list[Any] = []
@@ -107,6 +107,65 @@ def test_hooks_see_every_pass(part: str, calls: list[int]) -> None:
         handle.remove()
         target.forward(tree)
     assert len(seen) == 1 and calls == [3]
+
+
+def _hook(layer: nn.Module, kind: str, change: Any) -> Any:
+    """On what goes into a layer, or what comes out of it; `change` may return something else."""
+    if kind == "out":
+        return layer.register_forward_hook(lambda _, args, out: change(out))
+    return layer.register_forward_pre_hook(lambda _, args: change(args[0]))
+
+
+@pytest.mark.parametrize(
+    ("places", "segments"),
+    [
+        ([(0, "in")], [3]),
+        ([(2, "out")], [3]),
+        ([(1, "in")], [1, 2]),
+        ([(1, "out")], [2, 1]),
+        ([(0, "out"), (2, "in"), (1, "in")], [1, 1, 1]),
+    ],
+)
+def test_hooks_of_layers_divide_the_stack_and_see_the_same_bits(
+    places: list[tuple[int, str]], segments: list[int], calls: list[int]
+) -> None:
+    model = _family("llama")
+    seen: list[Tensor] = []
+    handles = [_hook(model.model.layers[i], kind, seen.append) for i, kind in places]
+    with _running(model):
+        target, tree = _target(model)
+        seen.clear()
+        one_by_one = target.forward(tree)
+        assert calls == [] and len(seen) == len(places)
+        assert torch.equal(target.forward(tree), one_by_one)
+        assert calls == segments and len(seen) == 2 * len(places)
+        for first, second in zip(seen[: len(places)], seen[len(places) :], strict=True):
+            assert torch.equal(first, second)
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(target.forward(tree), one_by_one)
+    assert calls == [*segments, 3]
+
+
+@pytest.mark.parametrize("kind", ["in", "out"])
+def test_what_a_hook_changes_after_the_first_pass_is_computed_with(kind: str) -> None:
+    """Against the same hook in a pass layer by layer."""
+    model = _family("llama")
+    logits = []
+    for apart in (False, True):
+        with _running(model):
+            target, tree = _target(model)
+            target.forward(tree)
+            handles = [_hook(model.model.layers[1], kind, lambda x: x * 1.5)]
+            if apart:
+                handles.append(model.model.layers[1].mlp.register_forward_hook(lambda *_: None))
+            logits.append(target.forward(tree))
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(*logits)
+    with _running(model):
+        target, tree = _target(model)
+        assert not torch.equal(target.forward(tree), logits[0])
 
 
 def test_layers_that_differ_in_an_option_run_one_by_one(calls: list[int]) -> None:

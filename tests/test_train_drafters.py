@@ -116,6 +116,18 @@ def test_features_are_the_targets_hidden_states(
     assert sorted(seen) == list(range(5))
 
 
+def test_all_but_padding_and_what_every_conversation_begins_with_is_learned(
+    model: Any, tmp_path: Path
+) -> None:
+    rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 5], [1, 2, 7, 4, 5, 6, 8, 8]]
+    corpus.save_shard([Conversation(row, 4) for row in rows], tmp_path / "shard-00000.safetensors")
+    features.compute(model, corpus.shards(tmp_path))
+    (batch,) = features.Examples(tmp_path).epoch([0, 1, 2], 0)
+    for row, learned in zip(batch.tokens.tolist(), batch.is_learned.tolist(), strict=True):
+        (own,) = [own for own in rows if own == row[: len(own)]]
+        assert learned == [2 <= i < len(own) for i in range(8)]
+
+
 def test_targets_that_drafters_cannot_learn_from_are_refused(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "shard-00000.safetensors").write_bytes(
         (texts / "shard-00000.safetensors").read_bytes()
@@ -284,9 +296,11 @@ def test_positions_too_early_to_be_that_deep_in_a_draft_are_not_learned(
 ) -> None:
     system = _make(name, view, examples, tmp_path)
     (batch,) = examples.epoch([1], 0)
-    every = replace(batch, is_answer=torch.ones_like(batch.is_answer))
-    later = replace(batch, is_answer=torch.arange(PROMPT + ANSWER)[None] >= system.num_depths + 1)
-    for some, fewer in zip(system.losses(every), system.losses(later), strict=True):
+    every = torch.ones_like(batch.is_answer)
+    later = torch.arange(PROMPT + ANSWER)[None] >= system.num_depths + 1
+    for some, fewer in zip(
+        system.losses(batch, every), system.losses(batch, later), strict=True
+    ):
         assert torch.equal(some.loss, fewer.loss)
 
 
@@ -313,12 +327,12 @@ def test_interrupted_training_resumes_to_the_same_weights(
         system = _make(name, view, examples, folder)
         losses, count = system.losses, 0
 
-        def interrupted(batch: features.Batch, losses: Any = losses, stop: int = stop) -> Any:
+        def interrupted(*args: Any, losses: Any = losses, stop: int = stop) -> Any:
             nonlocal count
             count += 1
             if count > stop:
                 raise Interrupted
-            return losses(batch)
+            return losses(*args)
 
         monkeypatch.setattr(system, "losses", interrupted)
         with pytest.raises(Interrupted):
@@ -335,8 +349,9 @@ def test_interrupted_training_resumes_to_the_same_weights(
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_bfloat16_targets_train_under_autocast_to_about_the_same(
-    name: str, model: Any, texts: Path, tmp_path: Path
+    name: str, model: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(SYSTEMS[name], "muon", ())  # not in float32: not the same steps
     folder = tmp_path / "corpus"
     folder.mkdir()
     for path in corpus.shards(texts):
@@ -355,6 +370,48 @@ def test_bfloat16_targets_train_under_autocast_to_about_the_same(
     assert {w.dtype for w in saved.values() if w.is_floating_point()} == {torch.bfloat16}
     assert curves[1] == pytest.approx(curves[0], rel=0.1)
     assert curves[1][-1] < curves[1][0]
+
+
+def test_muon_trains_the_matrices_of_a_bfloat16_target_s_eagle_and_resumes(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for path in corpus.shards(texts):
+        (folder / path.name).write_bytes(path.read_bytes())
+    rounded = make_tiny_model(LAYERS).requires_grad_(False).bfloat16()
+    features.compute(rounded, corpus.shards(folder))
+    examples = features.Examples(folder)
+    view = HFTargetView(HFTarget(rounded, capacity=1))
+    schedule = Schedule(epochs=8, rate=1e-3)
+    whole = _make("eagle", view, examples, tmp_path / "whole")
+    adam, muon = training._optimizers(whole, schedule.rate)
+    assert isinstance(muon, torch.optim.Muon)
+    (matrices,), (vectors,) = (o.param_groups for o in (muon, adam))
+    assert len(matrices["params"]) == 8 and all(p.ndim == 2 for p in matrices["params"])
+    assert len(vectors["params"]) == 4 and all(p.ndim == 1 for p in vectors["params"])
+    facts = train(whole, examples, tmp_path / "whole", schedule)
+    assert facts["curve"][-1][1] < 0.8 * facts["curve"][0][1]
+
+    class Interrupted(Exception):
+        pass
+
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
+    system = _make("eagle", view, examples, tmp_path / "parts")
+    losses, rest = system.losses, iter(range(3))
+
+    def interrupted(*args: Any) -> Any:
+        if next(rest, None) is None:
+            raise Interrupted
+        return losses(*args)
+
+    monkeypatch.setattr(system, "losses", interrupted)
+    with pytest.raises(Interrupted):
+        train(system, examples, tmp_path / "parts", schedule)
+    system = _make("eagle", view, examples, tmp_path / "parts")
+    assert train(system, examples, tmp_path / "parts", schedule)["curve"] == facts["curve"]
+    for key, weight in whole.parameters.items():
+        assert torch.equal(weight, system.parameters[key]), key
 
 
 def _accepted(name: str, model: Any, folder: Path, prompts: Sequence[Tensor]) -> int:

@@ -22,7 +22,7 @@ from specdec_kernels.hf import SpeculativeDecoder
 from specdec_kernels.hf.text import TextModel
 
 BATCH = 64
-MAX_PROMPT, MAX_ANSWER, MAX_DOCUMENT = 96, 224, 640
+MAX_PROMPT, MAX_ANSWER, MAX_DOCUMENT = 96, 128, 640
 """Most tokens that the target writes in a turn; most of the earlier answers that it is given."""
 CYCLE = 6
 """One shard in so many quotes earlier ones: long to compute, and most of it is not learned."""

@@ -29,6 +29,8 @@ class Eagle(HeadsSystem):
     Source: Li et al., "EAGLE-3", 2503.01840, section 3.2 (training-time test).
     """
 
+    muon = ("fc.", "midlayer.")
+
     def __init__(self, target: HFTargetView, ids: Tensor, folder: Path, num_depths: int) -> None:
         config = _config(target, len(ids))
         initial = write_checkpoint(folder / "initial", config, _initial(target, config), ids)
@@ -83,6 +85,7 @@ def _config(target: HFTargetView, draft_vocab: int) -> dict[str, Any]:
     model: Any = target.target.model
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
@@ -93,7 +96,7 @@ def _config(target: HFTargetView, draft_vocab: int) -> dict[str, Any]:
         "head_dim": getattr(config, "head_dim", None) or target.hidden_size // heads,
         "num_hidden_layers": 1,
         "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
-        "rope_theta": 10000.0,
+        "rope_theta": rope.get("rope_theta", 10000.0),
         "hidden_act": "silu",
         "vocab_size": target.vocab_size,
         "draft_vocab_size": draft_vocab,
@@ -101,32 +104,43 @@ def _config(target: HFTargetView, draft_vocab: int) -> dict[str, Any]:
 
 
 def _initial(target: HFTargetView, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Small random weights; the features of the highest layer pass through, and are normed as
-    before the target's head.
+    """The target's last layer, which attends to the features; random small weights for the
+    embeddings, and for what that layer does not have. The features of the highest layer pass
+    through, and are normed as before the target's head.
     """
     size, inner = config["hidden_size"], config["intermediate_size"]
     q_size = config["num_attention_heads"] * config["head_dim"]
     kv_size = config["num_key_value_heads"] * config["head_dim"]
     generator = torch.Generator().manual_seed(0)
+    decoder: Any = target.target.model.get_decoder()
+    last = decoder.layers[-1].state_dict()
 
-    def random(rows: int, columns: int) -> Tensor:
-        return torch.randn((rows, columns), generator=generator) / math.sqrt(columns)
+    def begin(name: str, *shape: int) -> Tensor:
+        own = last.get(f"{name}.weight")
+        if own is not None and own.shape == shape:
+            return own.float()
+        if len(shape) == 1:
+            return torch.ones(shape)
+        return torch.randn(shape, generator=generator) / math.sqrt(shape[1])
+
+    def attend(name: str, rows: int) -> Tensor:
+        embeds = 0.3 * torch.randn((rows, size), generator=generator) / math.sqrt(2 * size)
+        return torch.cat([embeds, begin(name, rows, size).cpu()], 1)
 
     fuse = torch.zeros(size, 3 * size)
     fuse[:, 2 * size :] = torch.eye(size)
-    decoder: Any = target.target.model.get_decoder()
     norm = getattr(getattr(decoder, "norm", None), "weight", torch.ones(size))
     return {
         "fc.weight": fuse,
-        "midlayer.self_attn.q_proj.weight": random(q_size, 2 * size),
-        "midlayer.self_attn.k_proj.weight": random(kv_size, 2 * size),
-        "midlayer.self_attn.v_proj.weight": random(kv_size, 2 * size),
-        "midlayer.self_attn.o_proj.weight": random(size, q_size) * 0.1,
-        "midlayer.mlp.gate_proj.weight": random(inner, size),
-        "midlayer.mlp.up_proj.weight": random(inner, size),
-        "midlayer.mlp.down_proj.weight": random(size, inner) * 0.1,
-        "midlayer.hidden_norm.weight": torch.ones(size),
+        "midlayer.self_attn.q_proj.weight": attend("self_attn.q_proj", q_size),
+        "midlayer.self_attn.k_proj.weight": attend("self_attn.k_proj", kv_size),
+        "midlayer.self_attn.v_proj.weight": attend("self_attn.v_proj", kv_size),
+        "midlayer.self_attn.o_proj.weight": begin("self_attn.o_proj", size, q_size),
+        "midlayer.mlp.gate_proj.weight": begin("mlp.gate_proj", inner, size),
+        "midlayer.mlp.up_proj.weight": begin("mlp.up_proj", inner, size),
+        "midlayer.mlp.down_proj.weight": begin("mlp.down_proj", size, inner),
+        "midlayer.hidden_norm.weight": begin("input_layernorm", size),
         "midlayer.input_layernorm.weight": torch.ones(size),
-        "midlayer.post_attention_layernorm.weight": torch.ones(size),
+        "midlayer.post_attention_layernorm.weight": begin("post_attention_layernorm", size),
         "norm.weight": norm.detach().float(),
     }

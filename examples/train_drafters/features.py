@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -16,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec_kernels.drafters.eagle import eagle3_layers
-from specdec_kernels.hf.packing import packed_linears
+from specdec_kernels.hf.fusing import fast_layers
+from specdec_kernels.ops import topk_logprobs
 
 TOKENS_PER_BATCH = 2048
 HELD_OUT = 50
@@ -29,7 +31,8 @@ class Batch:
 
     Attributes:
         tokens: [B, T] int64.
-        is_answer: [B, T] bool, the tokens that the target wrote as an answer.
+        is_learned: [B, T] bool, all but padding and the beginning that all conversations share.
+    is_answer: [B, T] bool, the tokens that the target wrote as an answer.
         inputs: [B, T, 3, F], what goes into the target's layers 2, L / 2 and L - 3.
         hidden: [B, T, F], what goes into its head.
         logsumexp: [B, T] float32, of its logits.
@@ -37,6 +40,7 @@ class Batch:
     """
 
     tokens: Tensor
+    is_learned: Tensor
     is_answer: Tensor
     inputs: Tensor
     hidden: Tensor
@@ -61,7 +65,7 @@ def compute(model: Any, shards: Sequence[Path]) -> None:
     missing = [path for path in shards if not _features_of(path).exists()]
     if missing:
         _check(model, corpus.read_shard(missing[0])[0].tokens)
-    with packed_linears(model):
+    with fast_layers(model):
         for path in track(missing, "features"):
             _write_features(model, path)
 
@@ -89,8 +93,9 @@ def _forward(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     logsumexp, best = [], []
     for row in last:
         logits = model.get_output_embeddings()(row)
-        logsumexp.append(logits.float().logsumexp(-1))
-        best.append(logits.argmax(-1).int())
+        logprobs, tokens = topk_logprobs(logits, 1)
+        logsumexp.append((logits.gather(1, tokens).float() - logprobs)[:, 0])
+        best.append(tokens[:, 0].int())
     computed = (inputs, last, torch.stack(logsumexp), torch.stack(best))
     return {name: values.cpu() for name, values in zip(_FEATURES, computed, strict=True)}
 
@@ -138,6 +143,7 @@ class Examples:
         self.dtype: torch.dtype = self._files[0].get_slice("hidden")[:1].dtype
         self.conversations = [conversations[i] for i in kept]
         self._places = [places[i] for i in kept]
+        self._num_shared = len(os.path.commonprefix([c.tokens for c in self.conversations]))
         self.num_dropped = len(conversations) - len(kept)
         if len(kept) < 2:
             raise ValueError(f"{folder}: must hold 2 conversations at least, found {len(kept)}")
@@ -177,9 +183,11 @@ class Examples:
     def _batch(self, indices: Sequence[int]) -> Batch:
         rows = [self.conversations[i] for i in indices]
         features = [self._features(i) for i in indices]
+        tokens = [torch.tensor(row.tokens) for row in rows]
         answers = [torch.arange(len(row.tokens)) >= row.num_prompt for row in rows]
         return Batch(
-            tokens=_pad([torch.tensor(row.tokens) for row in rows]),
+            tokens=_pad(tokens),
+            is_learned=_pad([torch.arange(len(row)) >= self._num_shared for row in tokens]),
             is_answer=_pad(answers),
             **{name: _pad([f[name] for f in features]) for name in _FEATURES},
         )

@@ -29,6 +29,8 @@ WARMUP, LEAST_RATE = 0.04, 0.05
 """Share of the steps in which the rate grows, and what is left of it at the end."""
 DEPTH_DECAY = 0.8
 """The loss of each depth weighs so much less than the one before."""
+MUON_RATE = 10.0
+"""Muon's learning rate over AdamW's: its steps are orthogonal, 0.2 times as long at the same rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,12 @@ class System(ABC):
         ids: the draft vocabulary.
         draft_ids: [V] int64, the draft id of each of the target's, PAD where it has none.
         use: the options of `specdec generate` that take what was saved, but for its folder.
+        muon: how the names of those matrices begin that Muon trains, not AdamW. Not in float32: it
+            multiplies in bfloat16, for which some CPUs have no products.
     """
 
     use = "--drafter heads --heads"
+    muon: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -87,9 +92,9 @@ class System(ABC):
     def save(self, folder: Path, dtype: torch.dtype) -> None:
         """Write config and weights, in this dtype."""
 
-    def losses(self, batch: Batch) -> list[DepthLoss]:
-        """One for each depth."""
-        wanted = batch.is_answer[:, 2:].clone()
+    def losses(self, batch: Batch, is_learned: Tensor) -> list[DepthLoss]:
+        """One for each depth: the mean over the tokens that is_learned [B, T] holds."""
+        wanted = is_learned[:, 2:].clone()
         wanted[:, : self.num_depths - 1] = False  # arbitrary at some depth
         before = batch.hidden[:, 1:-1][wanted]
         law = teacher_law(before, batch.logsumexp[:, 1:-1][wanted], self._rows)
@@ -203,7 +208,8 @@ def measure(system: System, examples: Examples, indices: Sequence[int]) -> dict[
     sums = torch.zeros((system.num_depths, 2))
     weight = 0
     for batch in examples.epoch(indices, 0):
-        depths = system.losses(batch.to(system.target.device, system.target.dtype))
+        moved = batch.to(system.target.device, system.target.dtype)
+        depths = system.losses(moved, moved.is_answer)
         count = int(batch.is_answer.sum())
         sums += count * torch.tensor([[float(d.loss), float(d.hit_rate)] for d in depths])
         weight += count
@@ -212,6 +218,28 @@ def measure(system: System, examples: Examples, indices: Sequence[int]) -> dict[
         "loss": [round(loss, 4) for loss, _ in means],
         "hit_rate": [round(rate, 4) for _, rate in means],
     }
+
+
+def _optimizers(system: System, rate: float) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for what it trains.
+
+    Source: Jordan et al., "Muon", 2024; its rate as in Liu et al., 2502.16982, section 2.2.
+    """
+    matrices, others = [], []
+    for name, parameter in system.parameters.items():
+        is_muon_s = name.startswith(system.muon) and parameter.ndim == 2
+        is_muon_s &= system.target.dtype != torch.float32
+        (matrices if is_muon_s else others).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = []
+    if others:
+        group = {"params": others, "largest": rate}
+        optimizers.append(torch.optim.AdamW([group], betas=(0.9, 0.95), weight_decay=0.01))
+    if matrices:
+        group = {"params": matrices, "largest": rate * MUON_RATE}
+        optimizers.append(
+            torch.optim.Muon([group], weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
 
 
 class _Run:
@@ -227,26 +255,27 @@ class _Run:
         self._settings = {
             "tokens": num_tokens,
             "steps": num_steps,
+            "muon": system.muon,
             **asdict(schedule),
             **system.config,
         }
         self._parameters = system.parameters
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=schedule.rate, betas=(0.9, 0.95), weight_decay=0.01
-        )
+        self._optimizers = _optimizers(system, schedule.rate)
         self._saved = time.monotonic()
 
     def learn(self, batch: Batch) -> str:
         """One step; what to show of it."""
         start = time.monotonic()
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.schedule.rate * self._share()
-        depths = self.system.losses(batch)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["largest"] * self._share()
+            optimizer.zero_grad()
+        depths = self.system.losses(batch, batch.is_learned)
         total = torch.stack([d.loss * DEPTH_DECAY**i for i, d in enumerate(depths)]).sum()
-        self._optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         self.step += 1
         self.seconds += time.monotonic() - start
         loss = float(depths[0].loss.detach())
@@ -261,18 +290,19 @@ class _Run:
         if not self._path.exists():
             return
         state = torch.load(self._path, weights_only=True)
-        begun = state["settings"]
-        changed = [name for name, value in self._settings.items() if begun.get(name) != value]
+        settings = state["settings"]
+        changed = [name for name, value in self._settings.items() if settings.get(name) != value]
         if changed:
             name = changed[0]
             raise ValueError(
-                f"{self._path}: was begun with {name} = {begun.get(name)}, now it is "
+                f"{self._path}: was begun with {name} = {settings.get(name)}, now it is "
                 f"{self._settings[name]}; remove the file to begin anew"
             )
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(state["parameters"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
+        for optimizer, begun in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(begun)
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
 
     def save(self) -> None:
@@ -280,7 +310,7 @@ class _Run:
         state = {
             "settings": self._settings,
             "parameters": {name: p.detach() for name, p in self._parameters.items()},
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "step": self.step,
             "seconds": self.seconds,
             "curve": self.curve,

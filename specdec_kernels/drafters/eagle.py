@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from ..ops import write_kv
+from ..layouts import Panels, layout_of
+from ..ops import after_attention, rms_norm, rope, write_kv
 from ..shapes import PAD
 from ..tree import pad_rows
 from .base import DraftContext
 from .checkpoint import Checkpoint
 from .growth import Block, Growth, attend, chain
 from .mlp_speculator import place
-from .network import Level
+from .network import Level, TargetView
 from .rope import Rotary
 from .trained import TrainedHeads
 
 _Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of new query, key and value [B, H or G, M, D]: [B, H, M, D]."""
+
+
+_AFTER = tuple(
+    f"{name}_proj.weight" for name in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+)
 
 
 class EagleHead(TrainedHeads):
@@ -100,11 +107,8 @@ class EagleHead(TrainedHeads):
         """Output [B, M, size] after tokens [B, M] and features [B, M, size] of the tokens before
         them, at positions [B, M].
         """
-        w, name = self.weights, self._layer
-        embeds = w["embed_tokens.weight"][tokens] if "embed_tokens.weight" in w else None
-        residual, inputs = self.enter(
-            self.target.embed(tokens) if embeds is None else embeds, features
-        )
+        name = self._layer
+        residual, inputs = self.enter(self._embed(tokens), features)
         q, k, v = (
             self.linear(f"{name}self_attn.{n}.weight", inputs, f"{name}self_attn.{n}.bias")
             .unflatten(-1, (-1, self.head_dim))
@@ -112,7 +116,16 @@ class EagleHead(TrainedHeads):
             for n in ("q_proj", "k_proj", "v_proj")
         )
         out = attention(self._rotary(q, positions), self._rotary(k, positions), v)
-        out = out.transpose(1, 2).flatten(2)
+        return self._after(out, residual)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        own = self.weights.get("embed_tokens.weight")
+        return self.target.embed(tokens) if own is None else own[tokens]
+
+    def _after(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """The layer's output, of attended values [B, H, M, D]."""
+        name = self._layer
+        out = attended.transpose(1, 2).flatten(2)
         hidden = residual + self.linear(f"{name}self_attn.o_proj.weight", out)
         inner = self.norm(hidden, f"{name}post_attention_layernorm.weight")
         gate = silu(self.linear(f"{name}mlp.gate_proj.weight", inner))
@@ -121,9 +134,38 @@ class EagleHead(TrainedHeads):
 
     def norm(self, values: Tensor, name: str) -> Tensor:
         """Root mean square norm with the weight of that name."""
+        weight = self.weights[name]
+        if weight.dtype == values.dtype and not torch.is_grad_enabled():
+            normed: Tensor = rms_norm(values.flatten(0, -2), weight, self._epsilon)
+            return normed.view_as(values)
         square = values.float().pow(2).mean(-1, keepdim=True)
         normed = values.float() * torch.rsqrt(square + self._epsilon)
-        return self.weights[name] * normed.to(values.dtype)
+        return weight * normed.to(values.dtype)
+
+    @contextmanager
+    def attach(self, target: TargetView) -> Iterator[None]:
+        """See `DraftNetwork`."""
+        with super().attach(target):
+            self._join()
+            yield
+
+    def _join(self) -> None:
+        """Lay the layer's weights out for `_fused`."""
+        w, name = self.weights, self._layer
+        names = [f"{name}self_attn.{n}_proj" for n in "qkv"]
+        weights = [w[f"{n}.weight"] for n in names]
+        if self._joined_of is weights[0]:
+            return
+        biases = [w.get(f"{n}.bias") for n in names]
+        self._qkv, self._qkv_bias, self._panels = torch.cat(weights), None, None
+        if any(bias is not None for bias in biases):
+            zeros = [weight.new_zeros(len(weight)) for weight in weights]
+            pairs = zip(biases, zeros, strict=True)
+            self._qkv_bias = torch.cat([z if b is None else b for b, z in pairs])
+        rest = [w[name + n] for n in _AFTER]
+        if all(layout_of(weight) is Panels for weight in rest):
+            self._panels = [Panels.pack(weight) for weight in rest]
+        self._joined_of = weights[0]
 
     def begin(self, batch: int, num_slots: int) -> None:
         """See `DraftNetwork`."""
@@ -198,7 +240,27 @@ class EagleHead(TrainedHeads):
             return attend(q, keys, values, lengths, block, scale=self.head_dim**-0.5)
 
         positions = lengths[:, None] + block.depths.gather(1, block.places)
-        return self.layer(block.tokens, features, positions, attention)
+        return self._fused(block.tokens, features, positions, attention)
+
+    def _fused(
+        self, tokens: Tensor, features: Tensor, positions: Tensor, attention: _Attend
+    ) -> Tensor:
+        """What `layer` computes, in fewer operators."""
+        residual, inputs = self.enter(self._embed(tokens), features)
+        cos, sin = self._rotary.tables(positions, inputs.dtype)
+        joined = self._packed.linear("qkv", inputs, self._qkv, self._qkv_bias)
+        heads = joined.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = heads.split((self.num_heads, self.num_groups, self.num_groups), 1)
+        out = attention(*rope(q, k, cos, sin), v)
+        if self._panels is None:
+            return self._after(out, residual)
+        o, gate, up, down = self._panels
+        norm = self.weights[f"{self._layer}post_attention_layernorm.weight"]
+        num_hidden = len(self.weights[f"{self._layer}mlp.up_proj.weight"])
+        after: Tensor = after_attention(
+            out, residual, o, norm, self._epsilon, gate, up, down, num_hidden
+        )
+        return after
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         assert self._keys is not None
@@ -206,6 +268,10 @@ class EagleHead(TrainedHeads):
 
     _values: Tensor
     _growth: Growth
+    _joined_of: Tensor | None = None
+    _qkv: Tensor
+    _qkv_bias: Tensor | None
+    _panels: list[Tensor] | None
 
 
 class Eagle1Head(EagleHead):

@@ -41,6 +41,12 @@ class Rotary:
             rates = _llama3(rates, scaling)
         self._rates = rates.float()
 
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [B, M, D] at positions [B, M], as `ops.rope` takes them."""
+        angles = positions[:, :, None].float() * self._rates.to(positions.device)
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
     def __call__(self, values: Tensor, positions: Tensor) -> Tensor:
         """values [B, H, M, D] at positions [B, M]."""
         angles = positions[:, None, :, None].float() * self._rates.to(values.device)

@@ -1,5 +1,5 @@
-"""All decoder layers of a model in one operator, once a pass has shown that each takes what the one
-before it gave.
+"""All decoder layers of a model in one operator, or in one for each run of layers between hooks, once
+a pass has shown that each takes what the one before it gave.
 """
 
 from __future__ import annotations
@@ -32,24 +32,29 @@ class Run:
     Attributes:
         stack: whose.
         shared: the keywords that all layers are given the same of.
-        out: what the layer that was called last gave.
+        out: what the layers up to `end` gave, or those called so far.
         next: the layer to be called next.
-        is_done: whether `out` is what the last layer gives, whichever was called.
+        end: the first layer that is not computed yet; 0 in a pass layer by layer.
     """
 
     stack: Stack
     shared: tuple[Any, ...]
     out: Tensor
     next: int
-    is_done: bool
+    end: int = 0
 
     def follows(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
-        """Whether a layer is called as the next one in a chain is."""
+        """Whether a layer is called as the next one in a chain is. One that begins a segment may be
+        given anything: its hooks may have changed it.
+        """
         shared = zip(_shared(kwargs), self.shared, strict=True)
-        return self.next == index and self.out is hidden and all(a is b for a, b in shared)
+        is_next = self.next == index and (self.out is hidden or self.end == index)
+        return is_next and all(a is b for a, b in shared)
 
-    def repeat(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """What a layer behind the first gives where all is done.
+    def go_on(
+        self, call: TreeCall, index: int, hidden: Tensor, kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """What a layer behind the first gives, in a pass in segments.
 
         Raises:
             ValueError: it was called otherwise than in the pass that was watched.
@@ -60,6 +65,8 @@ class Run:
                 f"another cache than layer {index - 1} before it, but not so in the first pass: "
                 "decode with pack=False"
             )
+        if index == self.end:
+            self.out, self.end = self.stack.segment(call, index, hidden, self.shared)
         self.next += 1
         return self.out
 
@@ -69,7 +76,7 @@ class Run:
         Raises:
             ValueError: not all layers were called, as they were in the pass that was watched.
         """
-        if self.is_done and self.next != len(self.stack):
+        if self.end and self.next != len(self.stack):
             raise ValueError(
                 f"only {self.next} of {len(self.stack)} decoder layers were called, but all in "
                 "the first pass: decode with pack=False"
@@ -80,7 +87,8 @@ class Stack:
     """Decoder layers of one list, in order.
 
     The first pass over a tree runs layer by layer and is watched; after it the first layer computes
-    all of them, and the others only see to it that they are called as they were.
+    all of them up to one that has hooks, that one the next ones, and so on, and the others only see
+    to it that they are called as they were.
 
     Args:
         layers: the layers.
@@ -101,32 +109,36 @@ class Stack:
             for half, option in zip(halves, options, strict=True)
         )
         self._is_chain = False
-        parts = [part for layer in layers for part in layer.modules()]
+        self._layers = layers
+        parts = [part for layer in layers for part in layer.modules() if part is not layer]
         self._hooks = [hooks for p in parts for hooks in (p._forward_hooks, p._forward_pre_hooks)]
         none = halves[0].norms[0].new_empty(0)
-        biases = [bias for half in halves for bias in half.biases]
-        has_biases = any(bias is not None for bias in biases)
-        self._weights: tuple[list[Tensor], ...] = (
-            [norm for half in halves for norm in half.norms[:2]],
-            [panels for half in halves for panels in half.panels],
-            [none if bias is None else bias for bias in biases] if has_biases else [],
-            [norm for half in halves for norm in half.norms[2:]],
-        )
+        has_biases = any(bias is not None for half in halves for bias in half.biases)
+        self._joined: dict[tuple[int, int], tuple[list[Tensor], ...]] = {}
+        self._weights = [
+            (
+                half.norms[:2],
+                half.panels,
+                [none if bias is None else bias for bias in half.biases] if has_biases else [],
+                half.norms[2:],
+            )
+            for half in halves
+        ]
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def begin(self, call: TreeCall, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """All layers, for the first one; None if it is not known that they are a chain, or if this
-        pass wants something else of them.
+        """The first segment, for the first layer; None if it is not known that they are a chain, or
+        if this pass wants something else of them.
         """
         shared = _shared(kwargs)
         if not self._is_chain or not self._fits(call, shared):
             return None
         if call.run is not None:
             call.run.finish()
-        out = self._compute(call, hidden, *shared)
-        call.run = Run(self, shared, out, 1, True)
+        out, end = self.segment(call, 0, hidden, shared)
+        call.run = Run(self, shared, out, 1, end)
         return out
 
     def watch(
@@ -141,7 +153,7 @@ class Stack:
         ):
             call.run = None
             return
-        call.run = Run(self, _shared(kwargs), out, index + 1, False)
+        call.run = Run(self, _shared(kwargs), out, index + 1)
         self._is_chain = index + 1 == len(self._indices)
 
     def _fits(self, call: TreeCall, shared: tuple[Any, ...]) -> bool:
@@ -160,11 +172,17 @@ class Stack:
             and not any(localities[i].chunk for i in self._indices)
         )
 
-    def _compute(
-        self, call: TreeCall, hidden: Tensor, embeddings: Any, *caches: TreeCache | None
-    ) -> Tensor:
+    def segment(
+        self, call: TreeCall, first: int, hidden: Tensor, shared: tuple[Any, ...]
+    ) -> tuple[Tensor, int]:
+        """What the layers from the first one up to the next with hooks give, and that one's index."""
+        embeddings, *caches = shared
         cache = next(cache for cache in caches if cache is not None)
-        layers = [cache.tree_layers[i] for i in self._indices]
+        end = first + 1
+        while end < len(self) and not self._is_seen(end):
+            end += 1
+        indices = self._indices[first:end]
+        layers = [cache.tree_layers[i] for i in indices]
         localities = call.localities.by_layer
         heads, _, _, num_hidden, epsilon = self._sizes
         cos, sin = (e.expand(len(hidden), -1, -1) for e in embeddings)
@@ -178,12 +196,26 @@ class Stack:
             call.depths,
             call.lengths,
             call.num_nodes,
-            *self._weights,
-            [localities[i].window for i in self._indices],
+            *self._weights_of(first, end),
+            [localities[i].window for i in indices],
             heads,
             num_hidden,
             epsilon,
             **self._options,
         )
         call.num_layers += len(layers)
-        return out
+        return out, end
+
+    def _weights_of(self, first: int, end: int) -> tuple[list[Tensor], ...]:
+        """Norms, panels, biases and norms of heads of some layers, as the operator takes them."""
+        known = self._joined.get((first, end))
+        if known is None:
+            kinds = zip(*self._weights[first:end], strict=True)
+            known = tuple([tensor for own in kind for tensor in own] for kind in kinds)
+            self._joined[first, end] = known
+        return known
+
+    def _is_seen(self, index: int) -> bool:
+        """Whether a hook sees what goes into a layer, or what comes out of the one before it."""
+        layer, before = self._layers[index], self._layers[index - 1]
+        return bool(layer._forward_pre_hooks or before._forward_hooks)
