@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,9 +297,7 @@ def test_positions_too_early_to_be_that_deep_in_a_draft_are_not_learned(
     (batch,) = examples.epoch([1], 0)
     every = torch.ones_like(batch.is_answer)
     later = torch.arange(PROMPT + ANSWER)[None] >= system.num_depths + 1
-    for some, fewer in zip(
-        system.losses(batch, every), system.losses(batch, later), strict=True
-    ):
+    for some, fewer in zip(system.losses(batch, every), system.losses(batch, later), strict=True):
         assert torch.equal(some.loss, fewer.loss)
 
 

@@ -23,8 +23,8 @@ Drafts for {model} (hidden size {hidden_size}, vocabulary {vocab_size}) and no o
 - Data: {num_conversations} conversations, {num_tokens} tokens, which the target wrote itself.
   Left out: {num_dropped}, as copies or because they share {ngram} tokens in a row with a text
   of {excluded}.
-- Training: {steps} steps ({epochs} epochs, learning rate {rate:g}) in {seconds} s. The curve is in
-  `training.json`.
+- Training: {steps} steps ({epochs} epochs, {optimizers}, learning rate {rate:g}) in {seconds} s.
+  The curve is in `training.json`.
 - {parameters} parameters. Draft vocabulary: the {draft_vocab} most frequent tokens of the answers.
 - `{file}`: sha256 `{digest}`
 - Licence: {licence}

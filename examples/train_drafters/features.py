@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -143,7 +143,7 @@ class Examples:
         self.dtype: torch.dtype = self._files[0].get_slice("hidden")[:1].dtype
         self.conversations = [conversations[i] for i in kept]
         self._places = [places[i] for i in kept]
-        self._num_shared = len(os.path.commonprefix([c.tokens for c in self.conversations]))
+        self._num_shared = _num_shared([c.tokens for c in self.conversations])
         self.num_dropped = len(conversations) - len(kept)
         if len(kept) < 2:
             raise ValueError(f"{folder}: must hold 2 conversations at least, found {len(kept)}")
@@ -206,6 +206,12 @@ def batches(lengths: Sequence[int]) -> list[list[int]]:
             groups.append([])
         groups[-1].append(i)
     return groups
+
+
+def _num_shared(rows: Sequence[list[int]]) -> int:
+    """How many tokens all begin with."""
+    pairs = zip(min(rows), max(rows), strict=False)  # what these share the ones between do, too
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _features_of(shard: Path) -> Path:

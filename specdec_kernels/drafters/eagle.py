@@ -27,9 +27,7 @@ _Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of new query, key and value [B, H or G, M, D]: [B, H, M, D]."""
 
 
-_AFTER = tuple(
-    f"{name}_proj.weight" for name in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
-)
+_AFTER = tuple(f"{name}_proj.weight" for name in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down"))
 
 
 class EagleHead(TrainedHeads):
@@ -251,7 +249,8 @@ class EagleHead(TrainedHeads):
         joined = self._packed.linear("qkv", inputs, self._qkv, self._qkv_bias)
         heads = joined.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split((self.num_heads, self.num_groups, self.num_groups), 1)
-        out = attention(*rope(q, k, cos, sin), v)
+        q, k = rope(q, k, cos, sin)
+        out = attention(q, k, v)
         if self._panels is None:
             return self._after(out, residual)
         o, gate, up, down = self._panels

@@ -85,25 +85,32 @@ class Growth:
         return path
 
     def _block(self, firsts: list[int], tokens: list[list[int]]) -> Block:
-        sizes = [len(row) for row in self.tokens]
-        nodes, width = max(sizes, default=0), max(map(len, tokens), default=0)
-        words = num_words(nodes)
-        bits = torch.zeros((len(sizes), nodes, words), dtype=torch.int64)
-        for b, row in enumerate(self._ancestors):
-            if row:
-                split = [[_signed(mask >> 64 * w) for w in range(words)] for mask in row]
-                bits[b, : len(row)] = torch.tensor(split, dtype=torch.int64)
-        first = torch.tensor(firsts, device=self._device)[:, None]
-        places = first + torch.arange(width, device=self._device)
-        sources = torch.arange(nodes, device=self._device) - first
+        sizes, counts = [len(row) for row in self.tokens], [len(row) for row in tokens]
+        nodes, width = max(sizes, default=0), max(counts, default=0)
+        words, last = num_words(nodes), max(nodes - 1, 0)
+        none = [0] * words
+        bits = [
+            [[_signed(mask >> 64 * w) for w in range(words)] for mask in row]
+            + [none] * (nodes - len(row))
+            for row in self._ancestors
+        ]
+        places = [[min(first + i, last) for i in range(width)] for first in firsts]
+        sources = [[min(max(i - first, 0), width - 1) for i in range(nodes)] for first in firsts]
+
+        def longs(values: object, *shape: int) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=self._device).view(shape)
+
+        batch = len(sizes)
+        of_rows = torch.tensor([firsts, counts, sizes], dtype=torch.int32, device=self._device)
+        first, count, num_nodes = of_rows.unbind()
         return Block(
             tokens=pad_rows(tokens, torch.int64, self._device),
-            firsts=first[:, 0].int(),
-            counts=_counts(map(len, tokens), self._device),
-            places=places.clamp_max(max(nodes - 1, 0)),
-            sources=sources.clamp(0, max(width - 1, 0)),
-            num_nodes=_counts(sizes, self._device),
-            ancestors=bits.to(self._device),
+            firsts=first,
+            counts=count,
+            places=longs(places, batch, width),
+            sources=longs(sources, batch, nodes),
+            num_nodes=num_nodes,
+            ancestors=longs(bits, batch, nodes, words),
             depths=pad_rows(self._depths, torch.int32, self._device),
         )
 
@@ -145,10 +152,6 @@ def spread(values: Tensor, index: Tensor) -> Tensor:
     """[B, H, M, D] at index [B, N] -> [B, H, N, D]."""
     batch, heads, _, size = values.shape
     return values.gather(2, index[:, None, :, None].expand(batch, heads, -1, size))
-
-
-def _counts(values: object, device: torch.device | str) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.int32, device=device)  # type: ignore[call-overload]
 
 
 def _signed(word: int) -> int:

@@ -151,6 +151,8 @@ class MLPSpeculator(TrainedHeads):
 
 def place(kept: Tensor, new: Tensor, sizes: list[int]) -> Tensor:
     """[B, K, F] with new rows [B, M, F] behind the first `sizes[b]` ones of row b."""
+    if all(size == kept.shape[1] for size in sizes):
+        return torch.cat([kept, new], 1)
     width = new.shape[1]
     grown = torch.cat([kept, torch.zeros_like(new)], 1)
     columns = torch.tensor(sizes, device=kept.device)[:, None]

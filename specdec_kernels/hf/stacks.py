@@ -1,5 +1,5 @@
-"""All decoder layers of a model in one operator, or in one for each run of layers between hooks, once
-a pass has shown that each takes what the one before it gave.
+"""All decoder layers of a model in one operator, or in one for each segment between hooks, once a
+pass has shown that each takes what the one before it gave.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Stack:
     def segment(
         self, call: TreeCall, first: int, hidden: Tensor, shared: tuple[Any, ...]
     ) -> tuple[Tensor, int]:
-        """What the layers from the first one up to the next with hooks give, and that one's index."""
+        """What the layers from the first one up to the next with hooks give; that one's index."""
         embeddings, *caches = shared
         cache = next(cache for cache in caches if cache is not None)
         end = first + 1
