@@ -261,9 +261,9 @@ class _Forward:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call, embeddings = current_call(), kwargs.get("position_embeddings")
-        if isinstance(call, TreeCall) and (run := call.run) is not None and not args:
-            if run.end and run.stack is self.stack:
-                return run.go_on(call, self.index, hidden_states, kwargs)
+        run = call.run if isinstance(call, TreeCall) and not args else None
+        if run is not None and run.end and run.stack is self.stack:
+            return run.go_on(self.index, hidden_states, kwargs)
         if (
             args
             or not isinstance(call, TreeCall)

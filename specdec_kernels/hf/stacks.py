@@ -30,7 +30,7 @@ class Run:
     """A pass through the layers of a stack.
 
     Attributes:
-        stack: whose.
+        stack, call: whose, and over which tree.
         shared: the keywords that all layers are given the same of.
         out: what the layers up to `end` gave, or those called so far.
         next: the layer to be called next.
@@ -38,6 +38,7 @@ class Run:
     """
 
     stack: Stack
+    call: TreeCall
     shared: tuple[Any, ...]
     out: Tensor
     next: int
@@ -51,9 +52,7 @@ class Run:
         is_next = self.next == index and (self.out is hidden or self.end == index)
         return is_next and all(a is b for a, b in shared)
 
-    def go_on(
-        self, call: TreeCall, index: int, hidden: Tensor, kwargs: Mapping[str, Any]
-    ) -> Tensor:
+    def go_on(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """What a layer behind the first gives, in a pass in segments.
 
         Raises:
@@ -66,7 +65,7 @@ class Run:
                 "decode with pack=False"
             )
         if index == self.end:
-            self.out, self.end = self.stack.segment(call, index, hidden, self.shared)
+            self.out, self.end = self.stack.segment(self.call, index, hidden, self.shared)
         self.next += 1
         return self.out
 
@@ -138,7 +137,7 @@ class Stack:
         if call.run is not None:
             call.run.finish()
         out, end = self.segment(call, 0, hidden, shared)
-        call.run = Run(self, shared, out, 1, end)
+        call.run = Run(self, call, shared, out, 1, end)
         return out
 
     def watch(
@@ -153,7 +152,7 @@ class Stack:
         ):
             call.run = None
             return
-        call.run = Run(self, _shared(kwargs), out, index + 1)
+        call.run = Run(self, call, _shared(kwargs), out, index + 1)
         self._is_chain = index + 1 == len(self._indices)
 
     def _fits(self, call: TreeCall, shared: tuple[Any, ...]) -> bool:
