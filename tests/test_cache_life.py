@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
+from conftest import make_tiny_model
 from prompts import greedy, left_pad, random_prompts
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import specdec_kernels
-from specdec_kernels import OracleDrafter, SpeculativeDecoder
+from specdec_kernels import AutoDrafter, ModelDrafter, OracleDrafter, SpeculativeDecoder, TopKTree
+from specdec_kernels.hf.cache import TreeCache
+from specdec_kernels.hf.draft_model import DraftModel
 
 VOCAB = 101
 OPTIONS = {"do_sample": False, "return_dict_in_generate": True}
@@ -126,6 +132,61 @@ def test_an_interruption_leaves_the_model_and_the_cache_as_they_were(
         tiny_model, **longer, max_new_tokens=9, past_key_values=cache, **OPTIONS
     )
     assert again.sequences[0].tolist() == greedy(tiny_model, longer["input_ids"][0], 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("drafter", ["none", "auto", "model"])
+def test_nothing_of_a_text_outlives_it(
+    drafter: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its buffers are freed at once, not when Python next looks for cycles: a GPU fills before."""
+    made: weakref.WeakSet[TreeCache] = weakref.WeakSet()
+    own = TreeCache.__init__
+
+    def remembered(cache: TreeCache, *args: object) -> None:
+        own(cache, *args)
+        made.add(cache)
+        num_made.append(1)
+
+    num_made: list[int] = []
+    monkeypatch.setattr(TreeCache, "__init__", remembered)
+    model = make_tiny_model(3).requires_grad_(False).to(dtype)
+    inputs = left_pad(random_prompts((7, 11), VOCAB))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            network = DraftModel(make_tiny_model(2).to(dtype)) if drafter == "model" else None
+            drafters = {"auto": AutoDrafter, "model": lambda: ModelDrafter(network, TopKTree(6))}
+            decoder = SpeculativeDecoder(drafters[drafter]() if drafter in drafters else None)
+            model.generate(**inputs, max_new_tokens=12, custom_generate=decoder, do_sample=False)
+            del decoder, network, drafters
+            assert num_made and not len(made)
+    finally:
+        gc.enable()
+
+
+def test_a_copied_cache_stands_for_itself(tiny_model, rows) -> None:
+    """Two continuations of one beginning, as transformers' users write them."""
+    inputs = left_pad(rows)
+    first = tiny_model.generate(
+        **inputs, max_new_tokens=9, custom_generate=SpeculativeDecoder(None), **OPTIONS
+    )
+    cache = _cache_of(first)
+    copied = copy.deepcopy(cache)
+    before = [layer.keys.clone() for layer in cache.tree_layers]
+    texts = _texts(first.sequences, inputs)
+    longer = [torch.tensor([*text, 5 + i]) for i, text in enumerate(texts)]
+    second = specdec_kernels.generate(
+        tiny_model, **left_pad(longer), max_new_tokens=9, past_key_values=copied, drafter=None,
+        **OPTIONS,
+    )  # fmt: skip
+    for layer, keys in zip(cache.tree_layers, before, strict=True):
+        assert layer.cache is cache and torch.equal(layer.keys, keys)
+    assert all(layer.cache is copied for layer in copied.tree_layers)
+    assert _cache_of(second) is copied
+    wanted = [greedy(tiny_model, row, 9) for row in longer]
+    assert _texts(second.sequences, left_pad(longer)) == wanted
 
 
 def test_threads_may_share_a_model(tiny_model, rows) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,14 @@ class TreeCache(Cache):
         config = model.config.get_text_config(decoder=True)
         self.tree_layers = [TreeCacheLayer(self) for _ in range(config.num_hidden_layers)]
         super().__init__(layers=list(self.tree_layers))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TreeCache:
+        copied = TreeCache.__new__(TreeCache)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for layer in copied.tree_layers:
+            layer.cache = copied
+        return copied
 
     @staticmethod
     def adopt(given: Sequence[Cache], model: PreTrainedModel, batch: int) -> TreeCache:
@@ -158,6 +167,19 @@ class TreeCacheLayer(CacheLayerMixin):
     def __init__(self, cache: TreeCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
+
+    @property
+    def cache(self) -> TreeCache:
+        """The cache whose layer it is, and which holds it: a strong reference back would keep the
+        buffers of a finished text until Python looks for cycles.
+        """
+        cache = self._cache()
+        assert cache is not None
+        return cache
+
+    @cache.setter
+    def cache(self, cache: TreeCache) -> None:
+        self._cache = weakref.ref(cache)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate on the first write, when sizes, dtype and device are known."""

@@ -160,6 +160,7 @@ class HFTarget:
             raise ValueError(ignores_attention(type(self.model).__name__))
         if call.run is not None:
             call.run.finish()
+            call.run = None  # which knows the call
         return logits
 
     def _run(
