@@ -97,7 +97,9 @@ def eagle_shapes(config: Mapping[str, Any], kind: int) -> dict[str, list[int]]:
         f"{layer}post_attention_layernorm.weight": [size],
     }
     if kind == 1:
-        return {**shapes, "fc.bias": [size]}
+        biases = {f"{layer}self_attn.{name}_proj.bias": [count * dim] for name, count in
+                  (("q", heads), ("v", groups))}  # fmt: skip
+        return {**shapes, **biases, "fc.bias": [size]}
     return {
         **shapes,
         "midlayer.hidden_norm.weight": [size],
@@ -317,16 +319,18 @@ def _decoder_layer(
     dim = config["hidden_size"] // heads
     x = torch.stack(list(inputs))
 
+    def projected(name: str, count: int) -> Tensor:
+        values = x @ w[f"self_attn.{name}_proj.weight"].T + w.get(f"self_attn.{name}_proj.bias", 0)
+        return values.reshape(len(x), count, dim)
+
     def rotated(name: str, count: int) -> Tensor:
-        values = (x @ w[name].T).reshape(len(x), count, dim)
+        values = projected(name, count)
         pairs = torch.complex(values[..., : dim // 2], values[..., dim // 2 :])
         angles = torch.arange(len(x)).double()[:, None, None] * theta[: dim // 2]
         turned = pairs * torch.exp(1j * angles)
         return torch.cat([turned.real, turned.imag], -1)
 
-    q = rotated("self_attn.q_proj.weight", heads)[-1]
-    k = rotated("self_attn.k_proj.weight", groups)
-    v = (x @ w["self_attn.v_proj.weight"].T).reshape(len(x), groups, dim)
+    q, k, v = rotated("q", heads)[-1], rotated("k", groups), projected("v", groups)
     mixed = []
     for h in range(heads):
         g = h * groups // heads
