@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from prompts import greedy, left_pad, random_prompts
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import specdec_kernels
-from specdec_kernels import AutoDrafter, ModelDrafter, OracleDrafter, SpeculativeDecoder, TopKTree
+from specdec_kernels import (
+    AutoDrafter,
+    Drafter,
+    ModelDrafter,
+    OracleDrafter,
+    SpeculativeDecoder,
+    TopKTree,
+)
 from specdec_kernels.hf.cache import TreeCache
 from specdec_kernels.hf.draft_model import DraftModel
 
@@ -152,15 +160,18 @@ def test_nothing_of_a_text_outlives_it(
     monkeypatch.setattr(TreeCache, "__init__", remembered)
     model = make_tiny_model(3).requires_grad_(False).to(dtype)
     inputs = left_pad(random_prompts((7, 11), VOCAB))
+    drafters: dict[str, Callable[[], Drafter | None]] = {
+        "none": lambda: None,
+        "auto": AutoDrafter,
+        "model": lambda: ModelDrafter(DraftModel(make_tiny_model(2).to(dtype)), TopKTree(6)),
+    }
     gc.collect()
     gc.disable()
     try:
         for _ in range(2):
-            network = DraftModel(make_tiny_model(2).to(dtype)) if drafter == "model" else None
-            drafters = {"auto": AutoDrafter, "model": lambda: ModelDrafter(network, TopKTree(6))}
-            decoder = SpeculativeDecoder(drafters[drafter]() if drafter in drafters else None)
+            decoder = SpeculativeDecoder(drafters[drafter]())
             model.generate(**inputs, max_new_tokens=12, custom_generate=decoder, do_sample=False)
-            del decoder, network, drafters
+            del decoder
             assert num_made and not len(made)
     finally:
         gc.enable()
