@@ -344,17 +344,23 @@ def test_interrupted_training_resumes_to_the_same_weights(
         train(system, examples, folder, Schedule(epochs=4, rate=2e-2))
 
 
+def _rounded(texts: Path, folder: Path) -> tuple[Any, Path]:
+    """The tiny model in bfloat16, and the corpus with its features."""
+    copied = folder / "corpus"
+    copied.mkdir()
+    for path in corpus.shards(texts):
+        (copied / path.name).write_bytes(path.read_bytes())
+    rounded = make_tiny_model(LAYERS).requires_grad_(False).bfloat16()
+    features.compute(rounded, corpus.shards(copied))
+    return rounded, copied
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_bfloat16_targets_train_under_autocast_to_about_the_same(
     name: str, model: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SYSTEMS[name], "muon", ())  # not in float32: not the same steps
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for path in corpus.shards(texts):
-        (folder / path.name).write_bytes(path.read_bytes())
-    rounded = make_tiny_model(LAYERS).requires_grad_(False).bfloat16()
-    features.compute(rounded, corpus.shards(folder))
+    rounded, folder = _rounded(texts, tmp_path)
     curves, schedule = [], Schedule(epochs=8, rate=1e-2)
     for number, (whose, where) in enumerate(((model, texts), (rounded, folder))):
         examples = features.Examples(where)
@@ -372,12 +378,7 @@ def test_bfloat16_targets_train_under_autocast_to_about_the_same(
 def test_muon_trains_the_matrices_of_a_bfloat16_target_s_eagle_and_resumes(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for path in corpus.shards(texts):
-        (folder / path.name).write_bytes(path.read_bytes())
-    rounded = make_tiny_model(LAYERS).requires_grad_(False).bfloat16()
-    features.compute(rounded, corpus.shards(folder))
+    rounded, folder = _rounded(texts, tmp_path)
     examples = features.Examples(folder)
     view = HFTargetView(HFTarget(rounded, capacity=1))
     schedule = Schedule(epochs=8, rate=1e-3)
