@@ -344,6 +344,28 @@ def test_interrupted_training_resumes_to_the_same_weights(
         train(system, examples, folder, Schedule(epochs=4, rate=2e-2))
 
 
+def test_eagle_begins_as_the_target_s_last_layer(
+    model: Any,
+    view: HFTargetView,
+    examples: features.Examples,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(model.config.rope_parameters, "rope_theta", 500.0)
+    _make("eagle", view, examples, tmp_path)
+    initial = load_file(tmp_path / "initial" / "model.safetensors")
+    last = model.model.layers[-1].state_dict()
+    size = view.hidden_size
+    for name in ("q", "k", "v"):
+        own = initial[f"midlayer.self_attn.{name}_proj.weight"]
+        assert torch.equal(own[:, size:], last[f"self_attn.{name}_proj.weight"])
+        assert 0 < float(own[:, :size].std()) < 0.5 * float(size**-0.5)
+    for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+        assert torch.equal(initial[f"midlayer.{name}.weight"], last[f"{name}.weight"])
+    config = json.loads((tmp_path / "initial" / "config.json").read_text())
+    assert config["rope_theta"] == 500.0
+
+
 def _rounded(texts: Path, folder: Path) -> tuple[Any, Path]:
     """The tiny model in bfloat16, and the corpus with its features."""
     copied = folder / "corpus"

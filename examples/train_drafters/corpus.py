@@ -25,7 +25,7 @@ BATCH = 64
 MAX_PROMPT, MAX_ANSWER, MAX_DOCUMENT = 96, 128, 640
 """Most tokens that the target writes in a turn; most of the earlier answers that it is given."""
 CYCLE = 6
-"""One shard in so many quotes earlier ones: long to compute, and most of it is not learned."""
+"""One shard in so many quotes earlier ones: long to compute, and most of it was there before."""
 NGRAM = 13
 """Tokens in a row that a conversation shares with another text only if it quotes it."""
 

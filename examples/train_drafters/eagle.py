@@ -16,6 +16,9 @@ from training import HeadsSystem, later
 from specdec_kernels.drafters.eagle import Eagle3Head
 from specdec_kernels.hf.features import HFTargetView
 
+EMBEDS = 0.3
+"""First weights of the embeddings, over what random weights of that many inputs would have."""
+
 
 class Eagle(HeadsSystem):
     """The target's embeddings and the rows of its head are used, not trained.
@@ -124,8 +127,8 @@ def _initial(target: HFTargetView, config: Mapping[str, Any]) -> dict[str, Tenso
         return torch.randn(shape, generator=generator) / math.sqrt(shape[1])
 
     def attend(name: str, rows: int) -> Tensor:
-        embeds = 0.3 * torch.randn((rows, size), generator=generator) / math.sqrt(2 * size)
-        return torch.cat([embeds, begin(name, rows, size).cpu()], 1)
+        embeds = torch.randn((rows, size), generator=generator) / math.sqrt(2 * size)
+        return torch.cat([EMBEDS * embeds, begin(name, rows, size).cpu()], 1)
 
     fuse = torch.zeros(size, 3 * size)
     fuse[:, 2 * size :] = torch.eye(size)

@@ -32,7 +32,7 @@ class Batch:
     Attributes:
         tokens: [B, T] int64.
         is_learned: [B, T] bool, all but padding and the beginning that all conversations share.
-    is_answer: [B, T] bool, the tokens that the target wrote as an answer.
+        is_answer: [B, T] bool, the tokens that the target wrote as an answer.
         inputs: [B, T, 3, F], what goes into the target's layers 2, L / 2 and L - 3.
         hidden: [B, T, F], what goes into its head.
         logsumexp: [B, T] float32, of its logits.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from ..layouts import Panels, layout_of
-from ..ops import after_attention, rms_norm, rope, write_kv
+from ..ops import after_attention, rope, write_kv
 from ..shapes import PAD
 from ..tree import pad_rows
 from .base import DraftContext
@@ -132,13 +132,7 @@ class EagleHead(TrainedHeads):
 
     def norm(self, values: Tensor, name: str) -> Tensor:
         """Root mean square norm with the weight of that name."""
-        weight = self.weights[name]
-        if weight.dtype == values.dtype and not torch.is_grad_enabled():
-            normed: Tensor = rms_norm(values.flatten(0, -2), weight, self._epsilon)
-            return normed.view_as(values)
-        square = values.float().pow(2).mean(-1, keepdim=True)
-        normed = values.float() * torch.rsqrt(square + self._epsilon)
-        return weight * normed.to(values.dtype)
+        return self.rms_norm(values, self.weights[name], self._epsilon)
 
     @contextmanager
     def attach(self, target: TargetView) -> Iterator[None]:

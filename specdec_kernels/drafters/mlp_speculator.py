@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, gelu
 
-from ..ops import rms_norm
 from ..shapes import PAD
 from ..tree import pad_rows
 from .base import DraftContext
@@ -102,10 +101,7 @@ class MLPSpeculator(TrainedHeads):
             embeds = self.target.embed(tokens)
         state = self.linear(self._key("proj.{}.weight", i), state) + self._emb_scale * embeds
         weight, bias = self._weight("ln.{}.weight", i), self._weight("ln.{}.bias", i)
-        if weight.dtype == state.dtype and not torch.is_grad_enabled():
-            normed = rms_norm(state.flatten(0, -2), weight, _EPSILON).view_as(state)
-        else:
-            normed = _norm(state) * weight
+        normed = self.rms_norm(state, weight, _EPSILON)
         # In float32: PyTorch takes 50 us for a few rows of bfloat16 on the CPU.
         return gelu((normed + bias).float()).to(state.dtype)
 

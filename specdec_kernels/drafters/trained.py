@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layouts import PackedWeights
+from ..ops import rms_norm
 from .checkpoint import Checkpoint
 from .network import DraftNetwork, FeatureQueue, TargetView
 
@@ -62,6 +63,15 @@ class TrainedHeads(DraftNetwork):
     def linear(self, name: str, values: Tensor, bias: str = "") -> Tensor:
         """values [..., F] W^T + b with the weight of that name, and the bias if it is there."""
         return self._packed.linear(name, values, self.weights[name], self.weights.get(bias))
+
+    @staticmethod
+    def rms_norm(values: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """values [..., F] over their root mean square, times weight [F]; in training by formula."""
+        if weight.dtype == values.dtype and not torch.is_grad_enabled():
+            normed: Tensor = rms_norm(values.flatten(0, -2), weight, epsilon)
+            return normed.view_as(values)
+        square = values.float().pow(2).mean(-1, keepdim=True)
+        return weight * (values.float() * torch.rsqrt(square + epsilon)).to(values.dtype)
 
     def output_head(self, name: str, hidden: Tensor) -> Tensor:
         """Logits [..., U] by `output_weight`."""
