@@ -35,7 +35,7 @@ from specdec_kernels import (
 )
 from specdec_kernels.drafters.eagle import Eagle1Head, Eagle3Head
 from specdec_kernels.drafters.medusa import MedusaHeads
-from specdec_kernels.drafters.mlp_speculator import MLPSpeculator
+from specdec_kernels.drafters.mlp_speculator import MLPSpeculator, place
 from specdec_kernels.drafters.network import Level
 
 SIZE, VOCAB, DRAFT_VOCAB, LAYERS = 64, 101, 40, 6
@@ -424,3 +424,11 @@ def test_heads_see_the_features_of_compiled_steps(target, rows, saved, name: str
         steps.append((decoder.stats.num_steps, decoder.stats.num_accepted))
         assert not decoder.stats.num_failures
     assert steps[0] == steps[1], "drafts from the same features are the same"
+
+
+@pytest.mark.parametrize("sizes", [[2, 2], [1, 2], [2, 0]])
+def test_a_level_s_states_lie_behind_those_of_each_row(sizes: list[int]) -> None:
+    kept, new = torch.randn((2, 2, 3)), torch.randn((2, 4, 3))
+    placed = place(kept, new, sizes)
+    for b, size in enumerate(sizes):
+        assert torch.equal(placed[b, : size + 4], torch.cat([kept[b, :size], new[b]]))

@@ -366,6 +366,24 @@ def test_eagle_begins_as_the_target_s_last_layer(
     assert config["rope_theta"] == 500.0
 
 
+def test_training_learns_prompts_too_and_is_measured_on_answers(
+    view: HFTargetView, examples: features.Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = _make("mlp-speculator", view, examples, tmp_path)
+    losses, masks = system.losses, []
+
+    def seen(batch: features.Batch, is_learned: Tensor) -> Any:
+        masks.append((is_learned, batch.is_learned, batch.is_answer))
+        return losses(batch, is_learned)
+
+    monkeypatch.setattr(system, "losses", seen)
+    train(system, examples, tmp_path, Schedule(epochs=1, rate=1e-3))
+    assert len(masks) == 2
+    (learned, wanted, _), (measured, _, answers) = masks
+    assert torch.equal(learned, wanted) and torch.equal(measured, answers)
+    assert all(int(every.sum()) > int(some.sum()) for _, every, some in masks)
+
+
 def _rounded(texts: Path, folder: Path) -> tuple[Any, Path]:
     """The tiny model in bfloat16, and the corpus with its features."""
     copied = folder / "corpus"
