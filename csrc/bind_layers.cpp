@@ -139,7 +139,7 @@ AfterAttentionParams after_attention_params(const TensorView& attended, int64_t 
   return params;
 }
 
-auto before_attention_cpu(const Tensor& x, const Tensor& norm_weight, double epsilon,
+auto before_attention_cpu(const Tensor& x, OptionalTensor norm_weight, double epsilon,
                           const Tensor& q_panels, const Tensor& k_panels, const Tensor& v_panels,
                           const Tensor& cos, const Tensor& sin, int64_t num_heads,
                           int64_t num_groups, OptionalTensor q_bias, OptionalTensor k_bias,
@@ -153,7 +153,8 @@ auto before_attention_cpu(const Tensor& x, const Tensor& norm_weight, double eps
   const PackedTensors q(op, "q_", q_panels, q_bias, num_heads * dim, features);
   const PackedTensors k(op, "k_", k_panels, k_bias, num_groups * dim, features);
   const PackedTensors v(op, "v_", v_panels, v_bias, num_groups * dim, features);
-  const Tensor rows = packed(x), scale = packed(norm_weight);
+  const Tensor rows = packed(x);
+  const OptionalTensor scale = packed(norm_weight);
   const OptionalTensor q_scale = packed(q_norm_weight), k_scale = packed(k_norm_weight);
   const Tensor cosines = with_unit_stride(cos), sines = with_unit_stride(sin);
   Output q_out({batch, num_heads, nodes, dim}, x.scalar_type());
@@ -164,7 +165,7 @@ auto before_attention_cpu(const Tensor& x, const Tensor& norm_weight, double eps
   BeforeAttentionParams params =
       before_attention_params(cosines, sines, features, num_heads, num_groups, epsilon);
   params.x = rows.const_data_ptr();
-  params.norm_weight = scale.const_data_ptr();
+  params.norm_weight = pointer(scale);
   params.q = q.layer(), params.k = k.layer(), params.v = v.layer();
   params.q_norm_weight = pointer(q_scale);
   params.k_norm_weight = pointer(k_scale);
@@ -217,10 +218,10 @@ auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
                      std::vector<Tensor> panels, std::vector<Tensor> biases,
                      std::vector<Tensor> head_norm_weights, std::vector<int64_t> windows,
                      int64_t num_heads, int64_t num_hidden, double epsilon, double scale,
-                     double softcap) {
+                     double softcap, OptionalTensor entry) {
   const char* op = "layer_stack";
   check_shapes(op, {x, cos, sin, k_caches, v_caches, ancestors, depths, lengths, num_nodes,
-                    norm_weights, panels, biases, head_norm_weights});
+                    norm_weights, panels, biases, head_norm_weights, entry});
   const size_t num = k_caches.size();
   if (num == 0) fail("%s: k_caches must be of one layer or more, got none", op);
   check_count("v_caches", v_caches.size(), num, num);
@@ -291,11 +292,14 @@ auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
     });
     const void* hidden = i == 0 ? rows.const_data_ptr() : out.data<void>();
     const int64_t width = num_heads * dim, narrow = num_groups * dim;
-    layer.before.x = hidden;
-    layer.before.norm_weight = values(norm_weights[2 * i]);
-    layer.before.q = linear(0, "q_", width, features);
-    layer.before.k = linear(1, "k_", narrow, features);
-    layer.before.v = linear(2, "v_", narrow, features);
+    const bool enters = i == 0 && entry;
+    const int64_t inputs = enters ? entry->size(2) : features;
+    layer.before.features = int32(inputs);
+    layer.before.x = enters ? values(*entry) : hidden;
+    layer.before.norm_weight = enters ? nullptr : values(norm_weights[2 * i]);
+    layer.before.q = linear(0, "q_", width, inputs);
+    layer.before.k = linear(1, "k_", narrow, inputs);
+    layer.before.v = linear(2, "v_", narrow, inputs);
     if (!head_norm_weights.empty()) {
       layer.before.q_norm_weight = values(head_norm_weights[2 * i]);
       layer.before.k_norm_weight = values(head_norm_weights[2 * i + 1]);

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -102,7 +103,16 @@ class PackedWeights:
         is_plain = input.dtype == weight.dtype and input.dim() > 1 and input.numel() > 0
         if layout is None or not is_plain or torch.is_grad_enabled():
             return linear(input, weight, bias)
+        return layout.multiply(input, self._copy(name, weight, layout), bias, len(weight))
+
+    def panels(self, weights: Mapping[str, Tensor]) -> list[Tensor] | None:
+        """Those of each weight; None if one is worth another layout, or none."""
+        if not all(layout_of(weight) is Panels for weight in weights.values()):
+            return None
+        return [self._copy(name, weight, Panels) for name, weight in weights.items()]
+
+    def _copy(self, name: str, weight: Tensor, layout: Layout) -> Tensor:
         known = self._copies.get(name)
         if known is None or known[0] is not weight:
             known = self._copies[name] = (weight, layout.pack(weight))
-        return layout.multiply(input, known[1], bias, len(weight))
+        return known[1]

@@ -6,7 +6,7 @@ namespace specdec {
 
 struct BeforeAttentionParams {
   const void* x;            // [B, N, F], contiguous
-  const void* norm_weight;  // [F], contiguous
+  const void* norm_weight;  // [F], contiguous; null where x is to be taken as it is
   PackedLayer q, k, v;
   const void *q_norm_weight, *k_norm_weight;  // [D], contiguous, or null
   const void *cos, *sin;                      // [B, N, D], unit stride in D

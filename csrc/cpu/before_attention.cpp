@@ -18,21 +18,25 @@ template <class T>
 void half_layer(const BeforeAttentionParams& params) {
   thread_local Scratch<T> normed_rows, flat_q, flat_k;
   const int32_t rows = params.batch * params.nodes;
-  T* normed = normed_rows.reserve(int64_t{rows} * params.features);
+  const T* x = static_cast<const T*>(params.x);
   T* q = flat_q.reserve(int64_t{rows} * params.q.outputs);
   T* k = flat_k.reserve(int64_t{rows} * params.k.outputs);
-  norm(params.x, params.norm_weight, params.epsilon, rows, params.features, normed, params.dtype);
+  if (params.norm_weight != nullptr) {
+    T* normed = normed_rows.reserve(int64_t{rows} * params.features);
+    norm(x, params.norm_weight, params.epsilon, rows, params.features, normed, params.dtype);
+    x = normed;
+  }
   const PackedWeight<T> weights[] = {into(params.q, q), into(params.k, k),
                                      into(params.v, static_cast<T*>(params.v_out))};
-  multiply_packed<T>({normed, params.features, rows, params.features}, weights, 3);
+  multiply_packed<T>({x, params.features, rows, params.features}, weights, 3);
   const int32_t q_heads = rows * params.heads, k_heads = rows * params.groups;
   if (params.q_norm_weight != nullptr)
     norm(q, params.q_norm_weight, params.epsilon, q_heads, params.head_dim, q, params.dtype);
   if (params.k_norm_weight != nullptr)
     norm(k, params.k_norm_weight, params.epsilon, k_heads, params.head_dim, k, params.dtype);
-  const auto heads = [&](const T* x, int32_t num, void* out) {
+  const auto heads = [&](const T* values, int32_t num, void* out) {
     const int64_t stride_n = int64_t{num} * params.head_dim;
-    return RopeHeads{x, out, params.nodes * stride_n, params.head_dim, stride_n, num};
+    return RopeHeads{values, out, params.nodes * stride_n, params.head_dim, stride_n, num};
   };
   rope({
       .q = heads(q, params.heads, params.q_out),

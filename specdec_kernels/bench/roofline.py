@@ -192,7 +192,7 @@ def _layer_stack(inputs: Inputs, outputs: Any) -> Work:
     caches = zip(inputs["k_caches"], inputs["v_caches"], inputs["windows"], strict=True)
     seen = [_seen(inputs, inputs["num_heads"], *layer) for layer in caches]
     lists = ("norm_weights", "panels", "biases", "head_norm_weights")
-    traffic = num_bytes(inputs["x"], *(inputs[name] for name in lists), outputs)
+    traffic = num_bytes(*(inputs[name] for name in ("x", "entry", *lists)), outputs)
     weights = sum(packed.numel() for packed in inputs["panels"])
     return Work(
         traffic + sum(layer.num_bytes for layer in seen),

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from ..layouts import Panels, layout_of
-from ..ops import after_attention, rope, write_kv
+from ..ops import layer_stack, tree_attention, write_kv
+from ..ops.layer_stack import LINEARS
 from ..shapes import PAD
 from ..tree import pad_rows
 from .base import DraftContext
 from .checkpoint import Checkpoint
-from .growth import Block, Growth, attend, chain
-from .mlp_speculator import place
-from .network import Level, TargetView
+from .growth import Block, Growth, chain
+from .network import Level
 from .rope import Rotary
 from .trained import TrainedHeads
 
 _Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of new query, key and value [B, H or G, M, D]: [B, H, M, D]."""
-
-
-_AFTER = tuple(f"{name}_proj.weight" for name in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down"))
 
 
 class EagleHead(TrainedHeads):
@@ -60,7 +55,8 @@ class EagleHead(TrainedHeads):
         self.head_dim = dim = number("head_dim", max(1, self.size // heads))
         self._epsilon = float(config.get("rms_norm_eps", 1e-6))
         self._rotary = Rotary(checkpoint, dim)
-        size, inner = self.size, number("intermediate_size")
+        self._num_hidden = inner = number("intermediate_size")
+        size = self.size
         shapes = {
             "self_attn.q_proj.weight": [heads * dim, input_size],
             "self_attn.k_proj.weight": [groups * dim, input_size],
@@ -134,31 +130,6 @@ class EagleHead(TrainedHeads):
         """Root mean square norm with the weight of that name."""
         return self.rms_norm(values, self.weights[name], self._epsilon)
 
-    @contextmanager
-    def attach(self, target: TargetView) -> Iterator[None]:
-        """See `DraftNetwork`."""
-        with super().attach(target):
-            self._join()
-            yield
-
-    def _join(self) -> None:
-        """Lay the layer's weights out for `_fused`."""
-        w, name = self.weights, self._layer
-        names = [f"{name}self_attn.{n}_proj" for n in "qkv"]
-        weights = [w[f"{n}.weight"] for n in names]
-        if self._joined_of is weights[0]:
-            return
-        biases = [w.get(f"{n}.bias") for n in names]
-        self._qkv, self._qkv_bias, self._panels = torch.cat(weights), None, None
-        if any(bias is not None for bias in biases):
-            zeros = [weight.new_zeros(len(weight)) for weight in weights]
-            pairs = zip(biases, zeros, strict=True)
-            self._qkv_bias = torch.cat([z if b is None else b for b, z in pairs])
-        rest = [w[name + n] for n in _AFTER]
-        if all(layout_of(weight) is Panels for weight in rest):
-            self._panels = [Panels.pack(weight) for weight in rest]
-        self._joined_of = weights[0]
-
     def begin(self, batch: int, num_slots: int) -> None:
         """See `DraftNetwork`."""
         self._num_slots = num_slots
@@ -191,7 +162,8 @@ class EagleHead(TrainedHeads):
         if not any(self._known):
             hidden = self._prefill(pad_rows(new, torch.int64, device), fused)
         else:
-            hidden = self._compute(chain(new, device), fused, lengths)
+            tree = chain(new, device)
+            hidden = self._compute(tree, tree.tokens, fused, lengths)
         last = torch.tensor(counts, device=device).clamp_min(1) - 1
         roots = hidden.gather(1, last[:, None, None].expand(-1, 1, self.size))
         self._known = [known + count for known, count in zip(self._known, counts, strict=True)]
@@ -202,14 +174,17 @@ class EagleHead(TrainedHeads):
 
     def extend(self, level: Level) -> Tensor:
         """See `DraftNetwork`."""
-        sizes = [1 + len(row) for row in self._growth.tokens]
-        block = self._growth.add(level)
-        above = [[parent - PAD for _, parent in row] for row in level]
-        parents = pad_rows(above, torch.int64, self._outputs.device)
+        device = self._outputs.device
+        tree = self._growth.add(level)
+        # The whole tree again: a few more rows cost little beside the weights that are read anyway.
+        above = [[parent - PAD for parent in row] for row in self._growth.parents]
+        parents = pad_rows(above, torch.int64, device)
         features = self._outputs.gather(1, parents[:, :, None].expand(-1, -1, self.size))
-        hidden = self._compute(block, features, self._lengths)
-        self._outputs = place(self._outputs, hidden, sizes)
-        return self.logits(hidden)
+        tokens = pad_rows(self._growth.tokens, torch.int64, device)
+        hidden = self._compute(tree, tokens, features, self._lengths)
+        self._outputs = torch.cat([self._outputs[:, :1], hidden], 1)
+        newest = tree.places[:, :, None].expand(-1, -1, self.size)
+        return self.logits(hidden.gather(1, newest))
 
     def _prefill(self, tokens: Tensor, features: Tensor) -> Tensor:
         """The first entries of all rows; padding, on the right, is hidden by the causal mask."""
@@ -223,37 +198,43 @@ class EagleHead(TrainedHeads):
         positions = torch.arange(width, device=tokens.device).expand_as(tokens)
         return self.layer(tokens, features, positions, attention)
 
-    def _compute(self, block: Block, features: Tensor, lengths: Tensor) -> Tensor:
-        """Entries behind the first `lengths` [B] of each row."""
+    def _compute(self, tree: Block, tokens: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
+        """Outputs [B, N, size] of all nodes of a tree behind the first `lengths` [B] entries."""
         keys, values = self._buffers()
+        positions = lengths[:, None] + tree.depths
+        scale = self.head_dim**-0.5
+        panels = self._packed.panels(self._linears)
+        if panels is None:
 
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            write_kv(k, v, keys, values, lengths + block.firsts, block.counts)
-            return attend(q, keys, values, lengths, block, scale=self.head_dim**-0.5)
+            def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                write_kv(k, v, keys, values, lengths, tree.num_nodes)
+                out: Tensor = tree_attention(
+                    q, keys, values, tree.ancestors, tree.depths, lengths, tree.num_nodes,
+                    scale=scale,
+                )[0]  # fmt: skip
+                return out
 
-        positions = lengths[:, None] + block.depths.gather(1, block.places)
-        return self._fused(block.tokens, features, positions, attention)
-
-    def _fused(
-        self, tokens: Tensor, features: Tensor, positions: Tensor, attention: _Attend
-    ) -> Tensor:
-        """What `layer` computes, in fewer operators."""
-        residual, inputs = self.enter(self._embed(tokens), features)
-        cos, sin = self._rotary.tables(positions, inputs.dtype)
-        joined = self._packed.linear("qkv", inputs, self._qkv, self._qkv_bias)
-        heads = joined.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = heads.split((self.num_heads, self.num_groups, self.num_groups), 1)
-        q, k = rope(q, k, cos, sin)
-        out = attention(q, k, v)
-        if self._panels is None:
-            return self._after(out, residual)
-        o, gate, up, down = self._panels
+            return self.layer(tokens, features, positions, attention)
+        residual, entry = self.enter(self._embed(tokens), features)
         norm = self.weights[f"{self._layer}post_attention_layernorm.weight"]
-        num_hidden = len(self.weights[f"{self._layer}mlp.up_proj.weight"])
-        after: Tensor = after_attention(
-            out, residual, o, norm, self._epsilon, gate, up, down, num_hidden
-        )
-        return after
+        cos, sin = self._rotary.tables(positions, entry.dtype)
+        biases = [self.weights.get(name.replace("weight", "bias")) for name in self._linears]
+        has_biases = any(bias is not None for bias in biases)
+        out: Tensor = layer_stack(
+            residual, cos, sin, [keys], [values],
+            tree.ancestors, tree.depths, lengths, tree.num_nodes,
+            [norm, norm], panels,
+            [norm[:0] if bias is None else bias for bias in biases] if has_biases else [],
+            [], [0], self.num_heads, self._num_hidden, self._epsilon, scale, entry=entry,
+        )  # fmt: skip
+        return out
+
+    @property
+    def _linears(self) -> dict[str, Tensor]:
+        """The layer's weights by name, in the order of `LINEARS`."""
+        parts = zip(["self_attn"] * 4 + ["mlp"] * 3, LINEARS, strict=True)
+        names = [f"{self._layer}{part}.{linear}_proj.weight" for part, linear in parts]
+        return {name: self.weights[name] for name in names}
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         assert self._keys is not None
@@ -261,10 +242,6 @@ class EagleHead(TrainedHeads):
 
     _values: Tensor
     _growth: Growth
-    _joined_of: Tensor | None = None
-    _qkv: Tensor
-    _qkv_bias: Tensor | None
-    _panels: list[Tensor] | None
 
 
 class Eagle1Head(EagleHead):

@@ -31,7 +31,7 @@ def _check(
 
 def _fake(
     x: Tensor,
-    norm_weight: Tensor,
+    norm_weight: Tensor | None,
     epsilon: float,
     q_panels: Tensor,
     k_panels: Tensor,
@@ -63,6 +63,7 @@ def _inputs(
     H: int,
     G: int,
     D: int,
+    norm: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def _inputs(
     norms = {f"{name}_norm_weight": random(D) + 1 for name in ("q", "k")}
     return {
         "x": random(B, N, F) * 3,
-        "norm_weight": random(F) + 1,
+        "norm_weight": random(F) + 1 if norm else None,
         "epsilon": 1e-5,
         "q_panels": panels(H * D),
         "k_panels": panels(G * D),
@@ -107,11 +108,12 @@ def _inputs(
         {"B": 2, "N": 3, "F": 33, "H": 3, "G": 3, "D": 10},
         {"B": 3, "N": 7, "F": 576, "H": 9, "G": 3, "D": 64},
         {"B": 1, "N": 40, "F": 128, "H": 4, "G": 2, "D": 32},
+        {"B": 2, "N": 5, "F": 70, "H": 4, "G": 1, "D": 16, "norm": False},
     ),
 )
 def before_attention(
     x: Tensor,
-    norm_weight: Tensor,
+    norm_weight: Tensor | None,
     epsilon: float,
     q_panels: Tensor,
     k_panels: Tensor,
@@ -132,7 +134,8 @@ def before_attention(
 
     Args:
         x: [B, N, F] float, the hidden states, any strides.
-        norm_weight: [F], with `epsilon` as in `rms_norm`; it serves all norms.
+        norm_weight: [F], with `epsilon` as in `rms_norm`, which serves all norms; None takes x as
+            it is.
         q_panels, k_panels, v_panels: `panels_of` the weights [H D, F], [G D, F], [G D, F].
         cos, sin: [B, N, D], as in `rope`.
         num_heads, num_groups: H and G.
@@ -152,10 +155,12 @@ def before_attention(
     panels, biases = (q_panels, k_panels, v_panels), (q_bias, k_bias, v_bias)
     _check(x, panels, biases, cos, num_heads, num_groups)
     batch, nodes, features = x.shape
-    normed = rms_norm.reference(x.reshape(-1, features), norm_weight, epsilon)
+    rows = x.reshape(-1, features)
+    if norm_weight is not None:
+        rows = rms_norm.reference(rows, norm_weight, epsilon)
     counts = (num_heads, num_groups, num_groups)
     q, k, v = (
-        packed_linear.reference(normed, packed, count * cos.shape[2], bias)
+        packed_linear.reference(rows, packed, count * cos.shape[2], bias)
         .view(batch, nodes, count, cos.shape[2])
         .transpose(1, 2)
         for packed, count, bias in zip(panels, counts, biases, strict=True)

@@ -34,6 +34,7 @@ def _check(
     windows: Sequence[int],
     num_heads: int,
     num_hidden: int,
+    entry: Tensor | None,
 ) -> None:
     name, num = "layer_stack", len(k_caches)
     if num == 0:
@@ -53,6 +54,7 @@ def _check(
                 f"{name}: {argument} must be {allowed} for {num} layers, got {len(values)}"
             )
     features, head_dim = x.shape[2], cos.shape[2]
+    entries = features if entry is None else entry.shape[2]
     if head_dim % 2:
         raise ValueError(f"{name}: D must be even, got {head_dim}")
     groups = k_caches[0].shape[1]
@@ -61,9 +63,13 @@ def _check(
             f"{name}: num_heads must be a multiple of key/value heads, got {num_heads} and {groups}"
         )
     width, narrow = num_heads * head_dim, groups * head_dim
-    attention = [(width, features), (narrow, features), (narrow, features), (features, width)]
-    mlp = [(num_hidden, features), (num_hidden, features), (features, num_hidden)]
-    for i, (packed, size) in enumerate(zip(panels, (attention + mlp) * num, strict=True)):
+    rest = [(features, width), *[(num_hidden, features)] * 2, (features, num_hidden)]
+    sizes = [
+        size
+        for inputs in [entries, *[features] * (num - 1)]
+        for size in [(width, inputs), *[(narrow, inputs)] * 2, *rest]
+    ]
+    for i, (packed, size) in enumerate(zip(panels, sizes, strict=True)):
         bias = biases[i] if biases and biases[i].numel() else None
         check_panels(name, f"layer {i // 7}: {LINEARS[i % 7]}_", packed, size, bias)
 
@@ -88,10 +94,11 @@ def _fake(
     epsilon: float,
     scale: float,
     softcap: float = 0.0,
+    entry: Tensor | None = None,
 ) -> Tensor:
     _check(
         x, cos, k_caches, v_caches, norm_weights, panels, biases, head_norm_weights, windows,
-        num_heads, num_hidden,
+        num_heads, num_hidden, entry,
     )  # fmt: skip
     return x.new_empty(x.shape)
 
@@ -108,6 +115,7 @@ def _inputs(
     S: int,
     window: int = 0,
     softcap: float = 0.0,
+    entry: int = 0,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -123,7 +131,9 @@ def _inputs(
     ]
     tree = random_trees(B, N, 64, generator)
     ancestors, depths = tree_mask(tree.parents, tree.num_nodes, backend="reference")
-    sizes = ((H * D, F), (G * D, F), (G * D, F), (F, H * D), (U, F), (U, F), (F, U)) * L
+    sizes = [(H * D, F), (G * D, F), (G * D, F), (F, H * D), (U, F), (U, F), (F, U)] * L
+    if entry:
+        sizes[:3] = [(outputs, entry) for outputs, _ in sizes[:3]]
     angles = torch.rand((1, N, D // 2), generator=generator) * 6.0
     angles = torch.cat([angles, angles], -1).expand(B, N, D)
     biases = [random(size[0] if i % 7 != 3 else 0) for i, size in enumerate(sizes)]
@@ -147,6 +157,7 @@ def _inputs(
         "epsilon": 1e-5,
         "scale": D**-0.5,
         "softcap": softcap,
+        "entry": random(B, N, entry) if entry else None,
     }
 
 
@@ -154,7 +165,7 @@ def _inputs(
     shapes="x: B N F float, cos: B N D float, sin: B N D float, k_caches: [B G S D] float, "
     "v_caches: [B G S D] float, ancestors: B N W int64, depths: B N int32, lengths: B int32, "
     "num_nodes: B int32, norm_weights: [F] float, panels: [_ _ _ _] float, biases: [_] float, "
-    "head_norm_weights: [D] float",
+    "head_norm_weights: [D] float, entry: B N I float",
     fake=_fake,
     inputs=_inputs,
     mutates=("k_caches", "v_caches"),
@@ -166,6 +177,8 @@ def _inputs(
         {"B": 2, "N": 8, "L": 2, "F": 576, "H": 9, "G": 3, "D": 64, "U": 1536, "S": 300},
         {"B": 1, "N": 40, "L": 2, "F": 128, "H": 4, "G": 2, "D": 32, "U": 200, "S": 90,
          "softcap": 3.0},
+        {"B": 2, "N": 5, "L": 1, "F": 48, "H": 4, "G": 2, "D": 16, "U": 70, "S": 40, "entry": 96},
+        {"B": 1, "N": 4, "L": 2, "F": 64, "H": 2, "G": 1, "D": 32, "U": 96, "S": 20, "entry": 33},
     ),
 )  # fmt: skip
 def layer_stack(
@@ -188,6 +201,7 @@ def layer_stack(
     epsilon: float,
     scale: float,
     softcap: float = 0.0,
+    entry: Tensor | None = None,
 ) -> Tensor:
     """L pre-norm decoder layers in turn, each `before_attention`, `write_kv`, `tree_attention` and
     `after_attention`: what a model computes of its trees between embeddings and last norm.
@@ -206,6 +220,8 @@ def layer_stack(
         num_heads: H, of queries.
         num_hidden: U, outputs of gate and up.
         scale, softcap: as in `tree_attention`.
+        entry: [B, N, I], what the first layer multiplies with its q, k and v in place of the norm
+            of x, as EAGLE's layer does; the first norm weight then has no use.
 
     Returns:
         [B, N, F], contiguous; NaN and infinities as the formulas give them.
@@ -219,7 +235,7 @@ def layer_stack(
     """
     _check(
         x, cos, k_caches, v_caches, norm_weights, panels, biases, head_norm_weights, windows,
-        num_heads, num_hidden,
+        num_heads, num_hidden, entry,
     )  # fmt: skip
     for i, (k_cache, v_cache) in enumerate(zip(k_caches, v_caches, strict=True)):
         q_panels, k_panels, v_panels, o_panels, gate_panels, up_panels, down_panels = panels[
@@ -228,9 +244,11 @@ def layer_stack(
         own = [bias if bias.numel() else None for bias in biases[7 * i : 7 * i + 7]] or [None] * 7
         heads: list[Tensor | None] = [*head_norm_weights[2 * i : 2 * i + 2]] or [None, None]
         q, k, v = before_attention.reference(
-            x, norm_weights[2 * i], epsilon, q_panels, k_panels, v_panels, cos, sin,
+            x if entry is None else entry, norm_weights[2 * i] if entry is None else None, epsilon,
+            q_panels, k_panels, v_panels, cos, sin,
             num_heads, k_cache.shape[1], own[0], own[1], own[2], heads[0], heads[1],
         )  # fmt: skip
+        entry = None
         write_kv.reference(k, v, k_cache, v_cache, lengths, num_nodes)
         attended, _ = tree_attention.reference(
             q, k_cache, v_cache, ancestors, depths, lengths, num_nodes,
