@@ -71,6 +71,8 @@ class Adviser:
     def begin(self, batch: int) -> None:
         """See `Drafter`."""
         self.network.begin(batch, self.width * self.depth)
+        offsets = self.network.offsets
+        self._offsets = None if offsets is None else offsets.tolist()
 
     def start(self, context: DraftContext) -> list[Advice]:
         """Of the root of each row."""
@@ -92,15 +94,17 @@ class Adviser:
         batch, columns, size = logits.shape
         k = min(self._num_tokens, size)
         logprobs, tokens = topk_logprobs(logits.reshape(-1, size), k)
-        if self.network.offsets is not None:
-            tokens = tokens + self.network.offsets[tokens]
+        ids: list[list[int]] = tokens.tolist()
+        if self._offsets is not None:
+            ids = [[token + self._offsets[token] for token in row] for row in ids]
         rows: Sequence[Advice] = [
             Advice(dict(zip(*row, strict=True)))
-            for row in zip(tokens.tolist(), logprobs.exp().tolist(), strict=True)
+            for row in zip(ids, logprobs.exp().tolist(), strict=True)
         ]
         return [list(rows[b * columns : (b + 1) * columns]) for b in range(batch)]
 
     _vocab_size: int
+    _offsets: list[int] | None
 
 
 def _of_late(before: float, now: float) -> float:

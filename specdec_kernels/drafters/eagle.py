@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 from ..ops import layer_stack, tree_attention, write_kv
 from ..ops.layer_stack import LINEARS
@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .growth import Block, Growth, chain
 from .network import Level
 from .rope import Rotary
-from .trained import TrainedHeads
+from .trained import TrainedHeads, take_columns
 
 _Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of new query, key and value [B, H or G, M, D]: [B, H, M, D]."""
@@ -68,6 +68,8 @@ class EagleHead(TrainedHeads):
             "mlp.down_proj.weight": [size, inner],
         }
         self._layer = layer
+        parts = zip(["self_attn"] * 4 + ["mlp"] * 3, LINEARS, strict=True)
+        self._linears = [f"{layer}{part}.{linear}_proj.weight" for part, linear in parts]
         for name, shape in shapes.items():
             self.weights[layer + name] = checkpoint.take(layer + name, shape)
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -135,6 +137,12 @@ class EagleHead(TrainedHeads):
         self._num_slots = num_slots
         self._known = [0] * batch  # entries of each row that are made from the target's features
         self._keys: Tensor | None = None
+        weights = {name: self.weights[name] for name in self._linears}
+        self._panels = self._packed.panels(weights)
+        biases = [self.weights.get(name.replace("weight", "bias")) for name in weights]
+        none = next(iter(weights.values())).new_empty(0)
+        has_biases = any(bias is not None for bias in biases)
+        self._biases = [none if bias is None else bias for bias in biases] if has_biases else []
 
     def start(self, context: DraftContext) -> Tensor:
         """See `DraftNetwork`."""
@@ -157,6 +165,7 @@ class EagleHead(TrainedHeads):
             ]
             shape = (batch, self.num_groups, max(ends) + self._num_slots, self.head_dim)
             self._keys, self._values = torch.zeros((2, *shape), device=device, dtype=dtype)
+            self._angles = self._rotary.tables(torch.arange(shape[2], device=device), dtype)
         fused = self.fuse(torch.nn.utils.rnn.pad_sequence(features, batch_first=True))
         lengths = torch.tensor(self._known, dtype=torch.int32, device=device)
         if not any(self._known):
@@ -165,7 +174,7 @@ class EagleHead(TrainedHeads):
             tree = chain(new, device)
             hidden = self._compute(tree, tree.tokens, fused, lengths)
         last = torch.tensor(counts, device=device).clamp_min(1) - 1
-        roots = hidden.gather(1, last[:, None, None].expand(-1, 1, self.size))
+        roots = take_columns(hidden, last[:, None])
         self._known = [known + count for known, count in zip(self._known, counts, strict=True)]
         self._lengths = torch.tensor(self._known, dtype=torch.int32, device=device)
         # Column 0 is the root's output; node i of the network is column i + 1.
@@ -179,12 +188,11 @@ class EagleHead(TrainedHeads):
         # The whole tree again: a few more rows cost little beside the weights that are read anyway.
         above = [[parent - PAD for parent in row] for row in self._growth.parents]
         parents = pad_rows(above, torch.int64, device)
-        features = self._outputs.gather(1, parents[:, :, None].expand(-1, -1, self.size))
+        features = take_columns(self._outputs, parents)
         tokens = pad_rows(self._growth.tokens, torch.int64, device)
         hidden = self._compute(tree, tokens, features, self._lengths)
         self._outputs = torch.cat([self._outputs[:, :1], hidden], 1)
-        newest = tree.places[:, :, None].expand(-1, -1, self.size)
-        return self.logits(hidden.gather(1, newest))
+        return self.logits(take_columns(hidden, tree.places))
 
     def _prefill(self, tokens: Tensor, features: Tensor) -> Tensor:
         """The first entries of all rows; padding, on the right, is hidden by the causal mask."""
@@ -203,8 +211,7 @@ class EagleHead(TrainedHeads):
         keys, values = self._buffers()
         positions = lengths[:, None] + tree.depths
         scale = self.head_dim**-0.5
-        panels = self._packed.panels(self._linears)
-        if panels is None:
+        if self._panels is None:
 
             def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 write_kv(k, v, keys, values, lengths, tree.num_nodes)
@@ -217,30 +224,21 @@ class EagleHead(TrainedHeads):
             return self.layer(tokens, features, positions, attention)
         residual, entry = self.enter(self._embed(tokens), features)
         norm = self.weights[f"{self._layer}post_attention_layernorm.weight"]
-        cos, sin = self._rotary.tables(positions, entry.dtype)
-        biases = [self.weights.get(name.replace("weight", "bias")) for name in self._linears]
-        has_biases = any(bias is not None for bias in biases)
+        cos, sin = (embedding(positions, table) for table in self._angles)
         out: Tensor = layer_stack(
             residual, cos, sin, [keys], [values],
             tree.ancestors, tree.depths, lengths, tree.num_nodes,
-            [norm, norm], panels,
-            [norm[:0] if bias is None else bias for bias in biases] if has_biases else [],
-            [], [0], self.num_heads, self._num_hidden, self._epsilon, scale, entry=entry,
+            [norm, norm], self._panels, self._biases, [], [0],
+            self.num_heads, self._num_hidden, self._epsilon, scale, entry=entry,
         )  # fmt: skip
         return out
-
-    @property
-    def _linears(self) -> dict[str, Tensor]:
-        """The layer's weights by name, in the order of `LINEARS`."""
-        parts = zip(["self_attn"] * 4 + ["mlp"] * 3, LINEARS, strict=True)
-        names = [f"{self._layer}{part}.{linear}_proj.weight" for part, linear in parts]
-        return {name: self.weights[name] for name in names}
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         assert self._keys is not None
         return self._keys, self._values
 
     _values: Tensor
+    _angles: tuple[Tensor, Tensor]
     _growth: Growth
 
 

@@ -42,8 +42,8 @@ class Rotary:
         self._rates = rates.float()
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [B, M, D] at positions [B, M], as `ops.rope` takes them."""
-        angles = positions[:, :, None].float() * self._rates.to(positions.device)
+        """Cosine and sine [..., D] at positions [...], as `ops.rope` takes them."""
+        angles = positions[..., None].float() * self._rates.to(positions.device)
         angles = torch.cat([angles, angles], -1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -119,3 +119,13 @@ def newest(features: FeatureQueue, hidden: list[Tensor | None]) -> Tensor:
             hidden[b] = rows[-1]
     known = next(h for h in hidden if h is not None)
     return torch.stack([torch.zeros_like(known) if h is None else h for h in hidden])
+
+
+def take_columns(values: Tensor, columns: Tensor) -> Tensor:
+    """values [B, K, F] at columns [B, M]: [B, M, F]."""
+    batch, width, size = values.shape
+    if batch > 1:  # counted through all rows
+        columns = columns + width * torch.arange(batch, device=columns.device)[:, None]
+    # For a few rows on the CPU a third of what `gather` takes.
+    taken = values.flatten(0, 1).index_select(0, columns.flatten())
+    return taken.view(*columns.shape, size)
