@@ -415,19 +415,33 @@ def test_bfloat16_targets_train_under_autocast_to_about_the_same(
     assert curves[1][-1] < curves[1][0]
 
 
-def test_muon_trains_the_matrices_of_a_bfloat16_target_s_eagle_and_resumes(
-    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "rate", "matrices", "others"),
+    [
+        ("eagle", 1e-3, 8, [1, 1, 1, 1]),
+        ("mlp-speculator", 2e-2, 2, [1, 1, 2]),  # the last is its own head
+    ],
+)
+def test_muon_trains_the_matrices_of_a_bfloat16_target_s_heads_and_resumes(
+    name: str,
+    rate: float,
+    matrices: int,
+    others: list[int],
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rounded, folder = _rounded(texts, tmp_path)
     examples = features.Examples(folder)
     view = HFTargetView(HFTarget(rounded, capacity=1))
-    schedule = Schedule(epochs=8, rate=1e-3)
-    whole = _make("eagle", view, examples, tmp_path / "whole")
+    schedule = Schedule(epochs=8, rate=rate)
+    whole = _make(name, view, examples, tmp_path / "whole")
     adam, muon = training._optimizers(whole, schedule.rate)
     assert isinstance(muon, torch.optim.Muon)
-    (matrices,), (vectors,) = (o.param_groups for o in (muon, adam))
-    assert len(matrices["params"]) == 8 and all(p.ndim == 2 for p in matrices["params"])
-    assert len(vectors["params"]) == 4 and all(p.ndim == 1 for p in vectors["params"])
+    (group,), (rest,) = (o.param_groups for o in (muon, adam))
+    assert [p.ndim for p in group["params"]] == [2] * matrices
+    assert sorted(p.ndim for p in rest["params"]) == others
+    assert group["largest"] == whole.muon_rate * rest["largest"]
     facts = train(whole, examples, tmp_path / "whole", schedule)
     assert facts["curve"][-1][1] < 0.8 * facts["curve"][0][1]
 
@@ -435,18 +449,18 @@ def test_muon_trains_the_matrices_of_a_bfloat16_target_s_eagle_and_resumes(
         pass
 
     monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
-    system = _make("eagle", view, examples, tmp_path / "parts")
-    losses, rest = system.losses, iter(range(3))
+    system = _make(name, view, examples, tmp_path / "parts")
+    losses, left = system.losses, iter(range(3))
 
     def interrupted(*args: Any) -> Any:
-        if next(rest, None) is None:
+        if next(left, None) is None:
             raise Interrupted
         return losses(*args)
 
     monkeypatch.setattr(system, "losses", interrupted)
     with pytest.raises(Interrupted):
         train(system, examples, tmp_path / "parts", schedule)
-    system = _make("eagle", view, examples, tmp_path / "parts")
+    system = _make(name, view, examples, tmp_path / "parts")
     assert train(system, examples, tmp_path / "parts", schedule)["curve"] == facts["curve"]
     for key, weight in whole.parameters.items():
         assert torch.equal(weight, system.parameters[key]), key

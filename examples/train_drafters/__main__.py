@@ -66,14 +66,20 @@ def write_corpus(
 
 
 def _add_command(
-    name: str, make: Callable[[HFTargetView, Tensor, Path, int], System], vocab: int, ahead: int
+    name: str,
+    make: Callable[[HFTargetView, Tensor, Path, int], System],
+    *,
+    vocab: int,
+    ahead: int,
+    largest_rate: float = 1e-3,
+    times: int = 10,
 ) -> None:
     def command(
         folder: Folder = FOLDER,
         model: Model = "smollm2",
         dtype: Dtype = "bf16",
-        epochs: Epochs = 10,
-        rate: Rate = 1e-3,
+        epochs: Epochs = times,
+        rate: Rate = largest_rate,
         draft_vocab: DraftVocab = vocab,
         depths: Depths = ahead,
         exclude: Exclude = None,
@@ -96,8 +102,8 @@ def _add_command(
     app.command(name, help=f"Train {name} on the corpus.")(command)
 
 
-_add_command("eagle", Eagle, vocab=8192, ahead=5)
-_add_command("mlp-speculator", Speculator, vocab=3072, ahead=4)
+_add_command("eagle", Eagle, vocab=8192, ahead=3, largest_rate=2e-3, times=2)
+_add_command("mlp-speculator", Speculator, vocab=3072, ahead=4, largest_rate=1e-2, times=2)
 _add_command("medusa", Medusa, vocab=8192, ahead=4)
 _add_command("streaming", Streams, vocab=8192, ahead=3)
 _add_command("draft", Draft, vocab=8192, ahead=1)

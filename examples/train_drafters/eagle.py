@@ -32,7 +32,7 @@ class Eagle(HeadsSystem):
     Source: Li et al., "EAGLE-3", 2503.01840, section 3.2 (training-time test).
     """
 
-    muon = ("fc.", "midlayer.")
+    muon, muon_rate = ("fc.", "midlayer."), 10.0
 
     def __init__(self, target: HFTargetView, ids: Tensor, folder: Path, num_depths: int) -> None:
         config = _config(target, len(ids))

@@ -28,6 +28,8 @@ class Speculator(HeadsSystem):
         text.
     """
 
+    muon, muon_rate = ("proj.",), 2.0
+
     def __init__(self, target: HFTargetView, ids: Tensor, folder: Path, num_depths: int) -> None:
         size = target.hidden_size
         config = {

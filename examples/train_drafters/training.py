@@ -29,8 +29,6 @@ WARMUP, LEAST_RATE = 0.04, 0.05
 """Share of the steps in which the rate grows, and what is left of it at the end."""
 DEPTH_DECAY = 0.8
 """The loss of each depth weighs so much less than the one before."""
-MUON_RATE = 10.0
-"""Muon's learning rate over AdamW's: at the same one its steps are a fifth as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +58,12 @@ class System(ABC):
         use: the options of `specdec generate` that take what was saved, but for its folder.
         muon: how the names of those matrices begin that Muon trains, not AdamW. Not in float32: it
             multiplies in bfloat16, for which some CPUs have no products.
+        muon_rate: its learning rate over AdamW's, which trains the others.
     """
 
     use = "--drafter heads --heads"
     muon: tuple[str, ...] = ()
+    muon_rate = 1.0
 
     def __init__(
         self,
@@ -236,7 +236,7 @@ def _optimizers(system: System, rate: float) -> list[torch.optim.Optimizer]:
         group = {"params": others, "largest": rate}
         optimizers.append(torch.optim.AdamW([group], betas=(0.9, 0.95), weight_decay=0.01))
     if matrices:
-        group = {"params": matrices, "largest": rate * MUON_RATE}
+        group = {"params": matrices, "largest": rate * system.muon_rate}
         optimizers.append(
             torch.optim.Muon([group], weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         )
@@ -256,7 +256,7 @@ class _Run:
         self._settings = {
             "tokens": num_tokens,
             "steps": num_steps,
-            "muon": system.muon,
+            "muon": [*system.muon, system.muon_rate],
             **asdict(schedule),
             **system.config,
         }

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import tree_attention
 from ..shapes import PAD, num_words
 from ..tree import pad_rows
 
@@ -120,38 +119,6 @@ def chain(rows: Sequence[Sequence[int]], device: torch.device | str) -> Block:
     return Growth(len(rows), device).add(
         [[(token, i - 1 if i else PAD) for i, token in enumerate(row)] for row in rows]
     )
-
-
-def attend(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block: Block,
-    *,
-    scale: float,
-) -> Tensor:
-    """`ops.tree_attention` of the block's nodes alone: query [B, H, M, D] -> [B, H, M, E].
-
-    Their keys and values are in the cache, as are those of the earlier nodes.
-    """
-    out, _ = tree_attention(
-        spread(query, block.sources),
-        k_cache,
-        v_cache,
-        block.ancestors,
-        block.depths,
-        lengths,
-        block.num_nodes,
-        scale=scale,
-    )
-    return spread(out, block.places)
-
-
-def spread(values: Tensor, index: Tensor) -> Tensor:
-    """[B, H, M, D] at index [B, N] -> [B, H, N, D]."""
-    batch, heads, _, size = values.shape
-    return values.gather(2, index[:, None, :, None].expand(batch, heads, -1, size))
 
 
 def _signed(word: int) -> int:

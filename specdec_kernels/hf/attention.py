@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..drafters.growth import spread
 from ..ops import tree_attention
 from .dense_attention import attend_densely
 from .locality import FULL, Locality, locality_of, mark_locality
@@ -276,7 +275,7 @@ def attend_tree(
     call.num_layers += 1
     query = heads_by_rows(query)
     if call.sources is not None:
-        query = spread(query, call.sources)
+        query = _spread(query, call.sources)
     locality = FULL if layer is None else call.localities.by_layer[layer]
     if locality.chunk:
         out = attend_densely(
@@ -299,7 +298,13 @@ def attend_tree(
     ragged = _ragged.get()
     if ragged is not None:
         out = ragged.join(out.transpose(1, 2)).transpose(1, 2)
-    return out if call.places is None else spread(out, call.places)
+    return out if call.places is None else _spread(out, call.places)
+
+
+def _spread(values: Tensor, index: Tensor) -> Tensor:
+    """[B, H, M, D] at index [B, N] -> [B, H, N, D]."""
+    batch, heads, _, size = values.shape
+    return values.gather(2, index[:, None, :, None].expand(batch, heads, -1, size))
 
 
 def check_keywords(
