@@ -288,6 +288,8 @@ def test_two_lists_of_layers_are_two_stacks(calls: list[int]) -> None:
         ("windows", lambda x: [*x, 0], "windows must be 3 for 3 layers, got 4"),
         ("num_heads", lambda x: 4, "num_heads must be a multiple of key/value heads, got 4 and 3"),
         ("num_hidden", lambda x: 46, "layer 0: gate_bias must be \\[46\\], got \\[47\\]"),
+        ("entry", lambda x: torch.zeros(3, 3, 70), "q_panels of a weight \\[30, 70\\] must be"),
+        ("entry", lambda x: torch.zeros(3, 2, 33), "entry must be \\[B, N, I\\]"),
         ("softcap", lambda x: -1.0, "tree_attention: window and softcap must be >= 0"),
         ("lengths", lambda x: x + 30, "must be in \\[0, 20"),
     ],
