@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,15 @@ from specdec_kernels import (
     TopKTree,
     load_heads,
 )
+from specdec_kernels.drafters.adviser import Adviser
 from specdec_kernels.drafters.eagle import Eagle1Head, Eagle3Head
 from specdec_kernels.drafters.medusa import MedusaHeads
 from specdec_kernels.drafters.mlp_speculator import MLPSpeculator, place
 from specdec_kernels.drafters.network import Level
+from specdec_kernels.drafting import GREEDY
+from specdec_kernels.hf.attention import tree_attention_in
+from specdec_kernels.hf.features import HFTargetView
+from specdec_kernels.hf.target import HFTarget
 
 SIZE, VOCAB, DRAFT_VOCAB, LAYERS = 64, 101, 40, 6
 NEW = 16
@@ -432,3 +438,59 @@ def test_a_level_s_states_lie_behind_those_of_each_row(sizes: list[int]) -> None
     placed = place(kept, new, sizes)
     for b, size in enumerate(sizes):
         assert torch.equal(placed[b, : size + 4], torch.cat([kept[b, :size], new[b]]))
+
+
+@contextmanager
+def _prefilled(
+    model: PreTrainedModel, network: DraftNetwork, prompts: Sequence[Tensor]
+) -> Iterator[DraftContext]:
+    """The network attached to the model, which has the prompts in its cache."""
+    target = HFTarget(model, capacity=64)
+    texts = [prompt.tolist() for prompt in prompts]
+    with torch.no_grad(), tree_attention_in(model), network.attach(HFTargetView(target)):
+        target.prefill(texts)
+        network.begin(len(texts), 8)
+        sequences = [[*text, 3] for text in texts]
+        batch = len(texts)
+        yield DraftContext(
+            sequences, [True] * batch, [9] * batch, torch.device("cpu"), VOCAB, GREEDY
+        )
+
+
+@pytest.mark.parametrize("name", ["eagle-1", "eagle-3", "speculator"])
+def test_levels_of_different_sizes_are_what_each_row_gives_alone(
+    target, rows, saved, name: str
+) -> None:
+    levels = [[[(5, -1), (6, -1)], [(7, -1)]], [[(8, 1)], [(9, 0), (10, 0), (11, 0)]]]
+
+    def logits(chosen: Sequence[int]) -> list[Tensor]:
+        network = load_heads(saved[name][0])
+        with _prefilled(target, network, [rows[i] for i in chosen]) as context:
+            network.start(context)
+            given = [network.extend([level[i] for i in chosen]) for level in levels]
+        return [
+            out[b, : len(level[i])]
+            for out, level in zip(given, levels, strict=True)
+            for b, i in enumerate(chosen)
+        ]
+
+    first, second = logits([0]), logits([1])
+    for got, want in zip(logits([0, 1]), [first[0], second[0], first[1], second[1]], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["eagle-3", "medusa"])
+def test_an_adviser_names_the_target_s_tokens(target, rows, saved, name: str) -> None:
+    network = load_heads(saved[name][0])
+    adviser = Adviser(network, 2, 2, num_tokens=4)
+    with _prefilled(target, network, rows[:2]) as context:
+        adviser.begin(2)
+        laws = network.start(context).log_softmax(-1).exp()
+    ids = torch.arange(laws.shape[1])
+    ids = ids if network.offsets is None else ids + network.offsets
+    with _prefilled(target, network, rows[:2]) as context:
+        adviser.begin(2)
+        for law, advice in zip(laws, adviser.start(context), strict=True):
+            best = law.topk(4)
+            assert list(advice.probabilities) == ids[best.indices].tolist()
+            assert list(advice.probabilities.values()) == pytest.approx(best.values.tolist())
