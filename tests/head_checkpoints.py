@@ -227,6 +227,9 @@ def save_eagle1(folder: Path, size: int, vocab: int, target: PreTrainedModel) ->
     """Features go into the target's own head."""
     config = eagle_config(size, vocab, rope_theta=500.0)
     weights = _random(eagle_shapes(config, 1))
+    # Nothing is normed before the attention: larger ones would leave each entry a single key, and
+    # rounding which.
+    weights["fc.weight"] *= 0.1
     write(folder, config, weights, "pytorch_model.bin")
     w = {name.replace("layers.0.", ""): tensor.double() for name, tensor in weights.items()}
     head = target.get_output_embeddings().weight.double()

@@ -148,7 +148,6 @@ class Checked(DraftNetwork):
         self.num_checked += 1
         error = float((logits.double() - want).abs().max() / want.abs().max())
         self.worst = max(self.worst, error)
-        assert error < 2e-4, (row, len(self.sequences[row]), path)
 
 
 def _drafter(network: DraftNetwork, tree: str) -> Drafter:
@@ -179,7 +178,7 @@ def test_heads_compute_the_papers_formula_and_greedy_text_is_the_target_s(
     output = target.generate(**inputs, max_new_tokens=NEW, do_sample=False, custom_generate=decoder)
     want = [greedy(target, row, NEW)[len(row) :] for row in rows]
     assert output[:, inputs["input_ids"].shape[1] :].tolist() == want
-    assert checked.num_checked > 80
+    assert checked.num_checked > 80 and checked.worst < 1e-4
     report(f"{name}, {tree}: {checked.num_checked} laws, worst error {checked.worst:.1e}")
 
 
@@ -236,7 +235,7 @@ def test_a_conversation_that_goes_on_from_a_cache_drafts_as_a_new_one(
     assert widths[0] == (max(map(len, longer)) if name == "eagle-3" else 4)
     new = second.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     assert new == [greedy(target, row, 6)[len(row) :] for row in longer]
-    assert checked.num_checked > num_before + 20
+    assert checked.num_checked > num_before + 20 and checked.worst < 1e-4
 
 
 @pytest.mark.parametrize("name", ["eagle-3", "medusa-some", "medusa-rows", "speculator-some"])
@@ -476,8 +475,7 @@ def test_levels_of_different_sizes_are_what_each_row_gives_alone(
 
     first, second = logits([0]), logits([1])
     for got, want in zip(logits([0, 1]), [first[0], second[0], first[1], second[1]], strict=True):
-        # Features of EAGLE-1 are not normed: its logits are in the hundreds.
-        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+        assert float((got - want).abs().max() / want.abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["eagle-3", "medusa"])
