@@ -137,15 +137,13 @@ class Budget:
             steps = [[node] for node in sorted(nodes, key=lambda node: -node[1])]
         rows = max(1, len(scores) + finished if pads else len(scores))
         tokens = float(max(1, len(scores)))
-        without, steepness = self.cost(rows), self._steepness
-        plain = best = tokens / without
+        plain = best = tokens / self.cost(rows)
         plain *= 1 + _MARGIN
         num_steps = 0
         for i, step in enumerate(steps, 1):
             tokens += self._trust * sum(score for _, score in step)
             computed = rows * (i + 1) if pads else rows + i
-            seconds = without + steepness * (self.cost(computed) - without)
-            rate = tokens / (seconds + self._draft_cost)
+            rate = tokens / (self._with_drafts(computed, rows) + self._draft_cost)
             if rate > max(best, plain):
                 best, num_steps = rate, i
         self._rate = max(best, plain)

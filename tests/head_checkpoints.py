@@ -15,6 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec_kernels.drafters.eagle import Eagle1Head, Eagle3Head
+from specdec_kernels.drafters.medusa import MedusaHeads
+from specdec_kernels.drafters.mlp_speculator import MLPSpeculator
+
+SIZE, VOCAB, DRAFT_VOCAB, LAYERS = 64, 101, 40, 6
+"""Of the target of `save_all`, and the draft vocabulary of some of its heads."""
+LAYERS_OF_EAGLE3 = (2, 3, 3)
 Reference = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
 """Logits [U] from the target's features [n - 1, F] at all of n committed tokens but the root, the
 committed tokens, and the draft tokens behind them.
@@ -345,3 +352,29 @@ def _decoder_layer(
     gate = w["mlp.gate_proj.weight"] @ inner
     inner = gate * torch.sigmoid(gate) * (w["mlp.up_proj.weight"] @ inner)
     return hidden + w["mlp.down_proj.weight"] @ inner
+
+
+def save_all(folder: Path, target: PreTrainedModel) -> dict[str, Any]:
+    """Heads of every kind: name -> (folder, class, formula, layers of their features)."""
+    made: dict[str, Any] = {}
+
+    def add(name: str, kind: type, layers: Sequence[int], save: Callable[..., Any], **more: Any):
+        formula = save(folder / name, SIZE, VOCAB, **more)
+        made[name] = (folder / name, kind, formula, layers)
+
+    add("medusa", MedusaHeads, (), save_medusa)
+    add("medusa-safetensors", MedusaHeads, (), save_medusa, file="model.safetensors")
+    add("speculator", MLPSpeculator, (), save_speculator)
+    add("speculator-tied", MLPSpeculator, (), save_speculator, tied=True, scaled=False)
+    some = {"draft_vocab": DRAFT_VOCAB}
+    add("medusa-some", MedusaHeads, (), save_medusa, **some)
+    add("medusa-rows", MedusaHeads, (), save_medusa, rows_of=target, **some)
+    add("speculator-some", MLPSpeculator, (), save_speculator, tied=True, **some)
+    lent = {"embeddings_of": target, "inner": SIZE}
+    add("speculator-lent", MLPSpeculator, (), save_speculator, **lent)
+    rows = {"rows_of": target, **some}
+    add("eagle-3-rows", Eagle3Head, LAYERS_OF_EAGLE3, save_eagle3, **rows)
+    add("eagle-1", Eagle1Head, (), save_eagle1, target=target)
+    add("eagle-3", Eagle3Head, LAYERS_OF_EAGLE3, save_eagle3, draft_vocab=DRAFT_VOCAB)
+    add("eagle-3-full", Eagle3Head, LAYERS_OF_EAGLE3, save_eagle3, draft_vocab=VOCAB, llama3=False)
+    return made

@@ -301,6 +301,26 @@ def test_positions_too_early_to_be_that_deep_in_a_draft_are_not_learned(
         assert torch.equal(some.loss, fewer.loss)
 
 
+def _interrupt(
+    system: System, stop: int, examples: features.Examples, folder: Path, schedule: Schedule
+) -> None:
+    """Train for so many steps only."""
+
+    class Interrupted(Exception):
+        pass
+
+    losses, left = system.losses, iter(range(stop))
+
+    def interrupted(*args: Any) -> Any:
+        if next(left, None) is None:
+            raise Interrupted
+        return losses(*args)
+
+    system.losses = interrupted  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        train(system, examples, folder, schedule)
+
+
 @pytest.mark.parametrize("name", ["eagle", "mlp-speculator", "draft"])
 def test_interrupted_training_resumes_to_the_same_weights(
     name: str,
@@ -316,24 +336,9 @@ def test_interrupted_training_resumes_to_the_same_weights(
     facts = train(whole, examples, tmp_path / "whole", schedule)
     assert facts["steps"] == 8
 
-    class Interrupted(Exception):
-        pass
-
     folder = tmp_path / "parts"
     for stop in (3, 4):  # in the middle of an epoch, and of a later one
-        system = _make(name, view, examples, folder)
-        losses, count = system.losses, 0
-
-        def interrupted(*args: Any, losses: Any = losses, stop: int = stop) -> Any:
-            nonlocal count
-            count += 1
-            if count > stop:
-                raise Interrupted
-            return losses(*args)
-
-        monkeypatch.setattr(system, "losses", interrupted)
-        with pytest.raises(Interrupted):
-            train(system, examples, folder, schedule)
+        _interrupt(_make(name, view, examples, folder), stop, examples, folder, schedule)
     system = _make(name, view, examples, folder)
     resumed = train(system, examples, folder, schedule)
     assert resumed["curve"] == facts["curve"]
@@ -445,23 +450,11 @@ def test_muon_trains_the_matrices_of_a_bfloat16_target_s_heads_and_resumes(
     facts = train(whole, examples, tmp_path / "whole", schedule)
     assert facts["curve"][-1][1] < 0.8 * facts["curve"][0][1]
 
-    class Interrupted(Exception):
-        pass
-
     monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
-    system = _make(name, view, examples, tmp_path / "parts")
-    losses, left = system.losses, iter(range(3))
-
-    def interrupted(*args: Any) -> Any:
-        if next(left, None) is None:
-            raise Interrupted
-        return losses(*args)
-
-    monkeypatch.setattr(system, "losses", interrupted)
-    with pytest.raises(Interrupted):
-        train(system, examples, tmp_path / "parts", schedule)
-    system = _make(name, view, examples, tmp_path / "parts")
-    assert train(system, examples, tmp_path / "parts", schedule)["curve"] == facts["curve"]
+    parts = tmp_path / "parts"
+    _interrupt(_make(name, view, examples, parts), 3, examples, parts, schedule)
+    system = _make(name, view, examples, parts)
+    assert train(system, examples, parts, schedule)["curve"] == facts["curve"]
     for key, weight in whole.parameters.items():
         assert torch.equal(weight, system.parameters[key]), key
 
