@@ -137,7 +137,14 @@ def test_which_layers_are_replaced_and_that_they_compute_what_they_did(
     assert rounding > 0 and float((fused - exact).abs().mean()) < 1.2 * rounding
 
 
-def test_the_operators_run_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows, passes", [(None, 2), (10, 2), (9, 1)])
+def test_the_operators_run_in_every_layer(
+    rows: int | None, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompt of 9 tokens and of a tree; not of a prompt of too many rows for panels."""
+    if rows is not None:
+        monkeypatch.setattr(packing, "has_matrix_tiles", lambda: True)
+        monkeypatch.setattr(packing, "_TILE_ROWS", rows)
     calls = []
     for name in ("before_attention", "after_attention"):
         own = getattr(whole, name)
@@ -148,7 +155,7 @@ def test_the_operators_run_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> No
     with _running(model):
         calls.clear()
         _scores(model)
-    assert calls == ["before_attention", "after_attention"] * 3
+    assert calls == ["before_attention", "after_attention"] * 3 * passes
 
 
 class _Loud(nn.SiLU):

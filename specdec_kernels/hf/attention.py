@@ -84,6 +84,7 @@ class Rehearsal:
     """Query, key and value."""
     options: dict[str, Any] = field(default_factory=dict)
     """The others, as `attend_tree` names them."""
+    sliding_window: int | None = None
 
 
 Call = TreeCall | Localities | Rehearsal
@@ -239,6 +240,7 @@ def attend(
     }
     if isinstance(call, Rehearsal):
         call.given, call.options = (query, key, value), options
+        call.sliding_window = sliding_window
         return query.transpose(1, 2), None
     layer = getattr(module, "layer_idx", None)
     if isinstance(call, TreeCall):

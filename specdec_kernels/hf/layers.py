@@ -1,4 +1,4 @@
-"""Whole decoder layers in four operators each, while this package scores a tree."""
+"""Whole decoder layers in four operators each, while this package decodes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..ops import after_attention, before_attention, panels_of
 from .attention import (
     Rehearsal,
     TreeCall,
-    attend_tree,
+    attend,
     check_keywords,
     current_call,
     handing,
     lending,
 )
 from .cache import CACHE_KEYWORDS
-from .packing import lent_forwards, panels_in_use, takes_panels
+from .packing import lent_forwards, most_rows, panels_in_use, takes_panels
 from .stacks import Stack
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -35,7 +35,7 @@ _CHILDREN = {
 }
 """Part -> what it may consist of."""
 _OF_THE_LAYER = {"attention_mask", "position_embeddings", *CACHE_KEYWORDS}
-"""Keywords that the attention never sees, or that `attend_tree` has no use for."""
+"""Keywords that the attention never sees, or that `_Forward` gives it by itself."""
 _TOLERANCES = {torch.float32: 1e-5, torch.float16: 0.0025, torch.bfloat16: 0.02}
 """Of the whole, in Euclidean norm: what roundings to bfloat16 leave of it is about 0.004, what the
 order of float32 sums does 3e-7.
@@ -44,7 +44,7 @@ order of float32 sums does 3e-7.
 
 def decoder_layers(model: nn.Module, norms: Container[nn.Module]) -> dict[Any, dict[str, Any]]:
     """The layers that the two operators around an attention can take the place of, and what each
-    gives its attention besides tensors, as `attend_tree` names it.
+    gives its attention besides tensors: scale, softcap and sliding window.
 
     Args:
         norms: the modules that are known to compute `rms_norm`.
@@ -62,10 +62,11 @@ def whole_layers(model: nn.Module, layers: Mapping[Any, dict[str, Any]]) -> Iter
     """Run those of `decoder_layers` whose linear layers are in panels now by the operators, and
     give them back.
 
-    Prefills, and layers with hooks on their parts, go the layers' own way.
+    Layers with hooks on their parts go their own way, and so do long prompts where the CPU has
+    matrix tiles.
     """
     forwards = {
-        layer: _Forward(layer, layers[layer])
+        layer: _Forward(layer, **layers[layer])
         for layer in layers
         if all(panels_in_use(linear) is not None for linear in _linears(layer))
     }
@@ -232,7 +233,7 @@ def _rehearse(layer: Any, twin: Any) -> dict[str, Any] | None:
             pairs.append((halves.after(rehearsal.given[0], x), own))
     except (AttributeError, RuntimeError, TypeError, ValueError):  # wants something else
         return None
-    options = dict(rehearsal.options)
+    options = rehearsal.options | {"sliding_window": rehearsal.sliding_window}
     has_sinks = options.pop("sinks") is not None
     return options if not has_sinks and all(_near(*pair) for pair in pairs) else None
 
@@ -248,26 +249,32 @@ class _Forward:
 
     Attributes:
         halves: what the layer computes with.
-        options: what it gives its attention.
+        options: what it gives its attention: scale and softcap.
         stack, index: the layers that it is one of, and its place there.
     """
 
-    def __init__(self, layer: Any, options: dict[str, Any]) -> None:
+    def __init__(
+        self, layer: Any, *, scale: float, softcap: float, sliding_window: int | None
+    ) -> None:
         self.halves = Halves(layer, panels_in_use)
-        self.options = options
+        self.options = {"scale": scale, "softcap": softcap}
+        self._sliding_window = sliding_window
+        self._most_rows = most_rows(self.halves.dtype)
         self.stack: Stack | None = None
         self.index = 0
         self._layer, self._own, self._attention = layer, type(layer).forward, layer.self_attn
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call, embeddings = current_call(), kwargs.get("position_embeddings")
-        run = call.run if isinstance(call, TreeCall) and not args else None
+        tree = call if isinstance(call, TreeCall) else None
+        run = tree.run if tree is not None and not args else None
         if run is not None and run.end and run.stack is self.stack:
             return run.go_on(self.index, hidden_states, kwargs)
         if (
             args
-            or not isinstance(call, TreeCall)
+            or call is None
             or not self.halves.fit(hidden_states, embeddings)
+            or (tree is None and hidden_states.shape[:2].numel() > self._most_rows)
             or self.halves.has_hooks()
             or torch.is_grad_enabled()
         ):
@@ -275,8 +282,8 @@ class _Forward:
             return whole
         attention = self._attention
         check_keywords(attention, {k: v for k, v in kwargs.items() if k not in _OF_THE_LAYER})
-        if self.stack is not None and self.index == 0:
-            of_all = self.stack.begin(call, hidden_states, kwargs)
+        if tree is not None and self.stack is not None and self.index == 0:
+            of_all = self.stack.begin(tree, hidden_states, kwargs)
             if of_all is not None:
                 return of_all
         batch = len(hidden_states)
@@ -285,8 +292,17 @@ class _Forward:
         for name in CACHE_KEYWORDS:
             if (cache := kwargs.get(name)) is not None:
                 k, v = cache.update(k, v, attention.layer_idx)
-        attended = attend_tree(call, attention.layer_idx, q, k, v, **self.options)
-        out = self.halves.after(attended, hidden_states)
-        if self.stack is not None:
-            self.stack.watch(call, self.index, hidden_states, kwargs, out)
+        attended, _ = attend(
+            attention,
+            q,
+            k,
+            v,
+            kwargs.get("attention_mask"),
+            scaling=self.options["scale"],
+            softcap=self.options["softcap"],
+            sliding_window=self._sliding_window,
+        )
+        out = self.halves.after(attended.transpose(1, 2), hidden_states)
+        if tree is not None and self.stack is not None:
+            self.stack.watch(tree, self.index, hidden_states, kwargs, out)
         return out

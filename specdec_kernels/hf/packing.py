@@ -71,6 +71,11 @@ def panels_in_use(linear: nn.Linear) -> Tensor | None:
     return _packed[linear][1] if "forward" in linear.__dict__ and linear in _packed else None
 
 
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows up to which panels are the faster ones."""
+    return _TILE_ROWS - 1 if dtype == torch.bfloat16 and has_matrix_tiles() else sys.maxsize
+
+
 def _packable_in(model: nn.Module, compiled: bool) -> Iterator[nn.Linear]:
     for module in model.modules():
         if _is_packable(module) and (_layout_of(module).is_tensor or not compiled):
@@ -96,8 +101,7 @@ def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     layout = _layout_of(linear)
     weight, multiply = _packed[linear][1], layout.multiply
     dtype, width, bias = linear.weight.dtype, linear.in_features, linear.bias
-    has_tiles = layout is Panels and dtype == torch.bfloat16 and has_matrix_tiles()
-    most = _TILE_ROWS - 1 if has_tiles else sys.maxsize
+    most = most_rows(dtype) if layout is Panels else sys.maxsize
     num_outputs = linear.out_features
 
     def forward(input: Tensor) -> Tensor:
