@@ -137,7 +137,7 @@ def test_which_layers_are_replaced_and_that_they_compute_what_they_did(
     assert rounding > 0 and float((fused - exact).abs().mean()) < 1.2 * rounding
 
 
-@pytest.mark.parametrize("rows, passes", [(None, 2), (10, 2), (9, 1)])
+@pytest.mark.parametrize(("rows", "passes"), [(None, 2), (10, 2), (9, 1)])
 def test_the_operators_run_in_every_layer(
     rows: int | None, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
