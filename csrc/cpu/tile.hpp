@@ -31,8 +31,8 @@ struct FloatQuanta {
     return SPECDEC_ISA::multiply_add(a, b, total);
   }
   static void pack(const T* source, float* target) { *target = to_float(*source); }
-  static void pack_probs(const float* probs, float* target) {
-    for (int32_t i = 0; i < kTileKeys; i += kLanes) store(target + i, load(probs + i));
+  static void pack_probs(const float* probs, int32_t num, float* target) {
+    for (int32_t i = 0; i < num; i += kLanes) store(target + i, load(probs + i));
   }
   // Quanta of value rows: here one row each.
   static Float load_values(const T* row, const T*) { return load(row); }
@@ -48,8 +48,8 @@ struct Bfloat16Pairs {
     return _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
   static void pack(const T* source, float* target) { std::memcpy(target, source, sizeof *target); }
-  static void pack_probs(const float* probs, float* target) {
-    for (int32_t i = 0; i < kTileKeys; i += 2 * kLanes) {
+  static void pack_probs(const float* probs, int32_t num, float* target) {
+    for (int32_t i = 0; i < num; i += 2 * kLanes) {
       const __m512bh pairs = _mm512_cvtne2ps_pbh(load(probs + i + kLanes), load(probs + i));
       store(target + i / 2, reinterpret_cast<Float>(pairs));
     }
@@ -155,12 +155,12 @@ void multiply(const float* a, int64_t stride_a, const Columns& b, int32_t depth,
   }
 }
 
-// Logits [kRows, kTileKeys] of query rows and the keys of a tile, read where they lie; D fills
-// whole registers. Calls `after_keys(n)` after every n keys.
+// Logits [kRows, num_keys] of query rows and the first keys of a tile, in whole registers, read
+// where they lie; D fills whole registers. Calls `after_keys(n)` after every n keys.
 template <class Quanta, int kRows, class AfterKeys>
 void multiply_keys(const float* q, int64_t stride_q, const TileRows<typename Quanta::T>& keys,
-                   int32_t depth, float* logits, AfterKeys& after_keys) {
-  for (int32_t first = 0; first < kTileKeys; first += kLanes) {
+                   int32_t num_keys, int32_t depth, float* logits, AfterKeys& after_keys) {
+  for (int32_t first = 0; first < num_keys; first += kLanes) {
     Float products[kRows][kLanes];
     for (int32_t key = 0; key < kLanes; key += kMaxVectors) {
       Float sums[kRows][kMaxVectors] = {};
@@ -182,7 +182,7 @@ void multiply_keys(const float* q, int64_t stride_q, const TileRows<typename Qua
         for (int v = 0; v < kMaxVectors; ++v) products[r][key + v] = sums[r][v];
       }
     }
-    for (int r = 0; r < kRows; ++r) store(logits + r * kTileKeys + first, sum_each(products[r]));
+    for (int r = 0; r < kRows; ++r) store(logits + r * num_keys + first, sum_each(products[r]));
     after_keys(kLanes);
   }
 }

@@ -72,7 +72,7 @@ class TreeAttention {
   void pack_queries(const Item& item, float* target) const;
   void attend_rows(const float* q, Tile& tile, const uint64_t* seen, int32_t first_row,
                    int32_t rows, const RowStates& states) const;
-  float mask_logits(float* row, uint64_t seen, float largest_before) const;
+  float mask_logits(float* row, int32_t keys, uint64_t seen, float largest_before) const;
   void merge_splits(const Item& item, const RowStates& states) const;
   void write(const Item& item, const RowStates& states) const;
 
@@ -157,8 +157,8 @@ void TreeAttention<Quanta>::pack_queries(const Item& item, float* target) const 
   }
 }
 
-// Adds one tile of keys to the states of up to kMaxRows rows. `seen`: bits of each node, or null if
-// all see all.
+// Adds one tile of keys, up to the last that anybody sees, to the states of up to kMaxRows rows.
+// `seen`: bits of each node, or null if all see all.
 template <class Quanta>
 void TreeAttention<Quanta>::attend_rows(const float* q, Tile& tile, const uint64_t* seen,
                                         int32_t first_row, int32_t rows,
@@ -167,55 +167,60 @@ void TreeAttention<Quanta>::attend_rows(const float* q, Tile& tile, const uint64
   alignas(64) float probs[kMaxRows * kTileKeys];
   float scales[kMaxRows];
   constexpr int32_t kProbs = kTileKeys / Quanta::kElements;  // quanta
+  uint64_t used = seen == nullptr ? ~uint64_t{0} : 0;
+  for (int32_t i = first_row / group_; seen != nullptr && i <= (first_row + rows - 1) / group_; ++i)
+    used |= seen[i];
+  if (used == 0) return;
+  const int32_t keys = round_up(kTileKeys - __builtin_clzll(used), kLanes);
   q += int64_t{first_row} * depth_;
   if (tile.keys == nullptr) {
     constexpr auto kProducts = std::make_integer_sequence<int, kMaxRows>();
-    choose_keys<Quanta, TilePrefetch<T>>(rows, kProducts)(q, depth_, tile.k, depth_, logits,
+    choose_keys<Quanta, TilePrefetch<T>>(rows, kProducts)(q, depth_, tile.k, keys, depth_, logits,
                                                           tile.next);
   } else {
     multiply<Quanta>(q, depth_, PackedColumns{tile.keys, kTileKeys}, depth_, nullptr, logits, rows,
-                     kTileKeys);
+                     keys);
   }
   for (int32_t r = 0; r < rows; ++r) {
-    float* row = logits + r * kTileKeys;
+    float* row = logits + r * keys;
     float& largest = states.largest[first_row + r];
     float& weight = states.weight[first_row + r];
     const uint64_t bits = seen == nullptr ? ~uint64_t{0} : seen[(first_row + r) / group_];
-    const float new_largest = mask_logits(row, bits, largest);
+    const float new_largest = mask_logits(row, keys, bits, largest);
     const float base = new_largest == -kInfinity ? 0.0f : new_largest;
     scales[r] = largest == new_largest ? 1.0f : std::exp2(largest - base);
     largest = new_largest;
     Float added{};
-#pragma GCC unroll 4
-    for (int32_t j = 0; j < kTileKeys; j += kLanes) {
+    for (int32_t j = 0; j < keys; j += kLanes) {
       const Float lanes = exp2_negative(load(row + j) - base);
       added += lanes;
       store(row + j, lanes);
     }
     weight = weight * scales[r] + sum(added);
-    Quanta::pack_probs(row, probs + r * kProbs);
+    Quanta::pack_probs(row, keys, probs + r * kProbs);
   }
+  const int32_t depth = keys / Quanta::kElements;
   float* total = states.total + int64_t{first_row} * columns_;
   if (tile.values == nullptr) {
-    multiply<Quanta>(probs, kProbs, ValueColumns<Quanta>{tile.v}, kProbs, scales, total, rows,
+    multiply<Quanta>(probs, kProbs, ValueColumns<Quanta>{tile.v}, depth, scales, total, rows,
                      columns_);
   } else {
-    multiply<Quanta>(probs, kProbs, PackedColumns{tile.values, columns_}, kProbs, scales, total,
+    multiply<Quanta>(probs, kProbs, PackedColumns{tile.values, columns_}, depth, scales, total,
                      rows, columns_);
   }
 }
 
 // Turns q.k of a tile into masked logits. Returns the largest of them and `largest`.
 template <class Quanta>
-float TreeAttention<Quanta>::mask_logits(float* row, uint64_t seen, float largest_before) const {
+float TreeAttention<Quanta>::mask_logits(float* row, int32_t keys, uint64_t seen,
+                                         float largest_before) const {
   const bool has_softcap = params_.softcap > 0.0f;
   const float inner = has_softcap ? params_.scale / params_.softcap : params_.scale * kLog2E;
   const float outer = params_.softcap * kLog2E;
   Uint lane_bit{};
   for (int32_t i = 0; i < kLanes; ++i) lane_bit[i] = 1u << i;
   Float best = splat(largest_before);
-#pragma GCC unroll 4
-  for (int32_t j = 0; j < kTileKeys; j += kLanes) {
+  for (int32_t j = 0; j < keys; j += kLanes) {
     Float lanes = load(row + j) * inner;
     if (has_softcap) lanes = tanh(lanes) * outer;
     if (seen != ~uint64_t{0}) {

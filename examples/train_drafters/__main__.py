@@ -106,7 +106,7 @@ _add_command("eagle", Eagle, vocab=8192, ahead=3, largest_rate=2e-3, times=2)
 _add_command("mlp-speculator", Speculator, vocab=3072, ahead=4, largest_rate=1e-2, times=2)
 _add_command("medusa", Medusa, vocab=8192, ahead=4)
 _add_command("streaming", Streams, vocab=8192, ahead=3)
-_add_command("draft", Draft, vocab=8192, ahead=1)
+_add_command("draft", Draft, vocab=8192, ahead=1, times=2)
 
 
 def _load(model: str, dtype: str) -> TextModel:
