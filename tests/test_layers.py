@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,6 +54,12 @@ SIZES: dict[str, Any] = {
 
 def _replaced(model: nn.Module) -> int:
     return sum("forward" in m.__dict__ for m in model.modules() if hasattr(m, "self_attn"))
+
+
+def _leave_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers run as they are from now on."""
+    monkeypatch.setattr(whole, "decoder_layers", lambda *_: {})
+    monkeypatch.setattr(fusing, "_parts", weakref.WeakKeyDictionary())
 
 
 of_each_dtype = pytest.mark.parametrize(
@@ -125,7 +132,7 @@ def test_which_layers_are_replaced_and_that_they_compute_what_they_did(
         assert _replaced(model) == FAMILIES[family]
         fused = _scores(model, 3)
     assert _replaced(model) == 0
-    monkeypatch.setattr(fusing, "decoder_layers", lambda *_: {})
+    _leave_all(monkeypatch)
     with _running(model):
         assert _replaced(model) == 0
         apart = _scores(model, 3)
@@ -237,7 +244,7 @@ def test_each_layer_has_its_own_options() -> None:
     model = _family("llama")
     for scaling in (5.0, 0.0):
         model.model.layers[1].self_attn.scaling = scaling
-        layers = fusing.decoder_layers(model, {m for m in model.modules() if hasattr(m, "weight")})
+        layers = whole.decoder_layers(model, {m for m in model.modules() if hasattr(m, "weight")})
         assert [options["scale"] for options in layers.values()] == [0.25, scaling, 0.25]
 
 
@@ -411,5 +418,5 @@ def test_generation_is_the_same_with_and_without(
         return model.generate(**left_pad(rows), custom_generate=decoder, **options)
 
     fused = run()
-    monkeypatch.setattr(fusing, "decoder_layers", lambda *_: {})
+    _leave_all(monkeypatch)
     assert float((fused == run()).float().mean()) > 0.7

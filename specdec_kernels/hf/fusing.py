@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from ..ops import rms_norm, rope
 from ..shapes import FLOATS
 from .attention import current_call
-from .layers import decoder_layers, whole_layers
+from .layers import WholeLayers
 from .packing import lent_forwards, packed_linears
+from .snapshot import Snapshot
 
 _ROPE = "apply_rotary_pos_emb"
 """What the modeling files of transformers call it."""
@@ -44,15 +46,35 @@ def fast_layers(
     if torch.is_autocast_enabled("cpu"):  # which would cast what each layer multiplies
         yield
         return
-    norms = [] if compiled else [module for module in model.modules() if _is_rms_norm(module)]
-    layers = decoder_layers(model, set(norms)) if pack is not False else {}
+    parts = None if compiled else _parts_of(model)  # before any is lent a forward
     with ExitStack() as lent:
         lent.enter_context(packed_linears(model, pack, compiled=compiled))
-        if not compiled:
-            lent.enter_context(lent_forwards(norms, _norm_forward))
+        if parts is not None:
+            lent.enter_context(lent_forwards(parts.norms, _norm_forward))
             lent.enter_context(_fused_rope(model))
-            lent.enter_context(whole_layers(model, layers))
+            lent.enter_context(parts.layers.lent())
         yield
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What can be lent a forward, in a model that is still what it was."""
+
+    snapshot: Snapshot
+    norms: list[nn.Module]
+    layers: WholeLayers
+
+
+_parts: weakref.WeakKeyDictionary[nn.Module, _Parts] = weakref.WeakKeyDictionary()
+
+
+def _parts_of(model: nn.Module) -> _Parts:
+    parts = _parts.get(model)
+    if parts is None or not parts.snapshot.is_current():
+        snapshot = Snapshot(model)
+        norms = [module for module in model.modules() if _is_rms_norm(module)]
+        parts = _parts[model] = _Parts(snapshot, norms, WholeLayers(model, set(norms)))
+    return parts
 
 
 def _is_rms_norm(module: nn.Module) -> bool:

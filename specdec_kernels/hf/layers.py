@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,27 +57,48 @@ def decoder_layers(model: nn.Module, norms: Container[nn.Module]) -> dict[Any, d
     return found
 
 
-@contextmanager
-def whole_layers(model: nn.Module, layers: Mapping[Any, dict[str, Any]]) -> Iterator[None]:
-    """Run those of `decoder_layers` whose linear layers are in panels now by the operators, and
-    give them back.
+class WholeLayers:
+    """Runs those of `decoder_layers` whose linear layers are in panels by the operators.
 
     Layers with hooks on their parts go their own way, and so do long prompts where the CPU has
     matrix tiles.
+
+    Args:
+        model: of which only the modules below are kept alive.
+        norms: as for `decoder_layers`.
     """
-    forwards = {
-        layer: _Forward(layer, **layers[layer])
-        for layer in layers
-        if all(panels_in_use(linear) is not None for linear in _linears(layer))
-    }
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and all(m in forwards for m in module):
-            stacked = [forwards[layer] for layer in module]
-            stack = Stack(list(module), [f.halves for f in stacked], [f.options for f in stacked])
+
+    def __init__(self, model: nn.Module, norms: Container[nn.Module]) -> None:
+        self._options = decoder_layers(model, norms)
+        self._linears = [linear for layer in self._options for linear in _linears(layer)]
+        lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        self._lists = [layers for layers in lists if all(m in self._options for m in layers)]
+        self._panels: list[Tensor | None] = []
+        self._forwards: dict[Any, _Forward] = {}
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Lend the layers their forwards, those of the last time if nothing was packed anew."""
+        panels = [panels_in_use(linear) for linear in self._linears]
+        if [*map(id, panels)] != [*map(id, self._panels)]:
+            self._panels, self._forwards = panels, self._make()
+        with lent_forwards(list(self._forwards), self._forwards.__getitem__):
+            yield
+
+    def _make(self) -> dict[Any, _Forward]:
+        forwards = {
+            layer: _Forward(layer, **options)
+            for layer, options in self._options.items()
+            if all(panels_in_use(linear) is not None for linear in _linears(layer))
+        }
+        for layers in self._lists:
+            stacked = [forwards[layer] for layer in layers if layer in forwards]
+            if len(stacked) < len(layers):
+                continue
+            stack = Stack(layers, [f.halves for f in stacked], [f.options for f in stacked])
             for index, forward in enumerate(stacked):
                 forward.stack, forward.index = stack, index
-    with lent_forwards(list(forwards), lambda layer: forwards[layer]):
-        yield
+        return forwards
 
 
 def _has_the_parts(layer: Any, norms: Container[nn.Module]) -> bool:

@@ -40,9 +40,10 @@ def packed_linears(
         compiled: only in a layout that `torch.compile` can hold in a graph.
     """
     linears = [] if pack is False else list(_packable_in(model, compiled))
-    if pack is None and not _fits([m for m in linears if not _is_packed(m)]):
-        linears = []
-    _pack([m for m in linears if not _is_packed(m)])
+    missing = [linear for linear in linears if not _is_packed(linear)]
+    if pack is None and not _fits(missing):
+        linears = missing = []
+    _pack(missing)
     with lent_forwards(linears, _forward):
         yield
 
@@ -78,7 +79,7 @@ def most_rows(dtype: torch.dtype) -> int:
 
 def _packable_in(model: nn.Module, compiled: bool) -> Iterator[nn.Linear]:
     for module in model.modules():
-        if _is_packable(module) and (_layout_of(module).is_tensor or not compiled):
+        if _is_packable(module) and (not compiled or _layout_of(module).is_tensor):
             yield module
 
 

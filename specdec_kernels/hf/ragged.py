@@ -31,6 +31,8 @@ class Ragged:
         """Of rows with so many tokens [B] each, padded to `width`; None if too little is padding to
         be worth the copies.
         """
+        if len(sizes) == 1:  # as wide as it is
+            return None
         is_token = torch.arange(width, device=sizes.device) < sizes[:, None]
         tokens = is_token.flatten().nonzero()[:, 0]
         if len(tokens) > _WORTH * is_token.numel():

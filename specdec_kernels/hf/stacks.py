@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -48,9 +49,8 @@ class Run:
         """Whether a layer is called as the next one in a chain is. One that begins a segment may be
         given anything: its hooks may have changed it.
         """
-        shared = zip(_shared(kwargs), self.shared, strict=True)
         is_next = self.next == index and (self.out is hidden or self.end == index)
-        return is_next and all(a is b for a, b in shared)
+        return is_next and all(map(is_, map(kwargs.get, _SHARED), self.shared))
 
     def go_on(self, index: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """What a layer behind the first gives, in a pass in segments.
@@ -108,7 +108,11 @@ class Stack:
             for half, option in zip(halves, options, strict=True)
         )
         self._is_chain = False
-        self._layers = layers
+        # hooks that see what goes into a layer, or what comes out of the one before it
+        self._between = [
+            (layer._forward_pre_hooks, before._forward_hooks)
+            for before, layer in zip([*layers[-1:], *layers], layers, strict=False)
+        ]
         parts = [part for layer in layers for part in layer.modules() if part is not layer]
         self._hooks = [hooks for p in parts for hooks in (p._forward_hooks, p._forward_pre_hooks)]
         none = halves[0].norms[0].new_empty(0)
@@ -178,7 +182,7 @@ class Stack:
         embeddings, *caches = shared
         cache = next(cache for cache in caches if cache is not None)
         end = first + 1
-        while end < len(self) and not self._is_seen(end):
+        while end < len(self) and not any(self._between[end]):
             end += 1
         indices = self._indices[first:end]
         layers = [cache.tree_layers[i] for i in indices]
@@ -213,8 +217,3 @@ class Stack:
             known = tuple([tensor for own in kind for tensor in own] for kind in kinds)
             self._joined[first, end] = known
         return known
-
-    def _is_seen(self, index: int) -> bool:
-        """Whether a hook sees what goes into a layer, or what comes out of the one before it."""
-        layer, before = self._layers[index], self._layers[index - 1]
-        return bool(layer._forward_pre_hooks or before._forward_hooks)

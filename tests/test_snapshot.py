@@ -1,0 +1,130 @@
+"""What a model has to be made faster is looked for again when it has changed, and only then."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from test_layers import _family, _packs_in_panels, _running
+from test_stacks import _target, calls
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from specdec_kernels.hf import fusing
+from specdec_kernels.hf.snapshot import Snapshot
+
+pytestmark = pytest.mark.usefixtures(_packs_in_panels.__name__)
+__all__ = ["calls"]  # a fixture
+
+
+def _own_forward(model: Any) -> None:
+    model.model.layers[1].mlp.forward = lambda x: x
+
+
+def _narrow_norm(model: Any) -> None:
+    norm = model.model.layers[1].input_layernorm
+    norm.weight.data = norm.weight.data.bfloat16()
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a part": lambda m: setattr(m.model.layers[1].mlp, "act_fn", nn.SiLU()),
+    "a layer more": lambda m: m.model.layers.append(m.model.layers[0]),
+    "layers in another order": lambda m: m.model.layers.insert(0, m.model.layers.pop(1)),
+    "a parameter": lambda m: setattr(m.model.norm, "weight", nn.Parameter(torch.rand(64))),
+    "a bias": lambda m: setattr(m.lm_head, "bias", nn.Parameter(torch.rand(101))),
+    "a buffer": lambda m: m.model.layers[0].register_buffer("factor", torch.ones(1)),
+    "a parameter's memory": lambda m: setattr(m.model.norm.weight, "data", torch.rand(64)),
+    "a parameter's type": _narrow_norm,
+    "all types": lambda m: m.half(),
+    "a number": lambda m: setattr(m.model.layers[1].self_attn, "scaling", 0.125),
+    "a new attribute": lambda m: setattr(m.model.norm, "epsilon", 1e-6),
+    "the configuration": lambda m: setattr(m.config, "hidden_act", "gelu"),
+    "the mode": lambda m: m.train(),
+    "a forward of its own": _own_forward,
+    "where hooks are kept": lambda m: setattr(
+        m.model.layers[0].mlp, "_forward_hooks", OrderedDict()
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_seen(change: Callable[[Any], object]) -> None:
+    model = make_tiny_model()
+    snapshot = Snapshot(model)
+    assert snapshot.is_current()
+    change(model)
+    assert not snapshot.is_current()
+    assert Snapshot(model).is_current()
+
+
+def test_a_class_that_computes_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = Snapshot(make_tiny_model())
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, x, **_: x)
+    assert not snapshot.is_current()
+
+
+def test_hooks_and_values_may_change() -> None:
+    """What the replacements read whenever they run."""
+    model = make_tiny_model()
+    snapshot = Snapshot(model)
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+    assert snapshot.is_current()
+
+
+def test_a_model_that_nobody_else_has_is_freed() -> None:
+    model = _family("llama")
+    with _running(model):
+        pass
+    alive = weakref.ref(model)
+    assert model in fusing._parts
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_what_is_known_of_a_chain_serves_later_texts_until_the_model_changes(
+    calls: list[int],
+) -> None:
+    model = _family("llama")
+    wanted = []
+    for passes in (2, 1):
+        with _running(model):
+            target, tree = _target(model)
+            wanted += [target.forward(tree) for _ in range(passes)]
+    assert calls == [3, 3]  # not the very first pass
+    assert all(torch.equal(logits, wanted[0]) for logits in wanted)
+    model.model.layers[1].self_attn.scaling = 0.5
+    with _running(model):
+        target, tree = _target(model)
+        changed = target.forward(tree)
+    assert calls == [3, 3]
+    assert not torch.equal(changed, wanted[0])
+
+
+def test_weights_that_were_packed_anew_are_multiplied() -> None:
+    model = _family("llama")
+    own = []
+    for _ in range(2):
+        with _running(model):
+            target, tree = _target(model)
+            target.forward(tree)
+            own.append(target.forward(tree))
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(3)
+    fresh = _family("llama")
+    with torch.no_grad():
+        fresh.model.layers[1].mlp.down_proj.weight.mul_(3)
+    with _running(fresh):
+        target, tree = _target(fresh)
+        target.forward(tree)
+        assert torch.equal(target.forward(tree), own[1])
+    assert not torch.equal(*own)
