@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from specdec_kernels import (
     TopKTree,
     load_heads,
 )
+from specdec_kernels.budget import Budget
+from specdec_kernels.drafters import adviser as advising
 from specdec_kernels.drafters.adviser import Adviser
 from specdec_kernels.drafters.mlp_speculator import place
 from specdec_kernels.drafters.network import Level
@@ -305,3 +308,39 @@ def test_an_adviser_names_the_target_s_tokens(target, rows, saved, name: str) ->
             best = law.topk(4)
             assert list(advice.probabilities) == ids[best.indices].tolist()
             assert list(advice.probabilities.values()) == pytest.approx(best.values.tolist())
+
+
+def test_an_adviser_s_times_are_those_of_calls_with_packed_weights(
+    target, rows, saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = load_heads(saved["speculator"][0])
+    adviser = Adviser(network, 3, 2)
+    ticks = iter([0.0, 10.0, 20.0, 20.5, 30.0, 30.25])  # how long the first two take, nobody asks
+    monkeypatch.setattr(advising, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    with _prefilled(target, network, rows[:2]) as context:
+        adviser.begin(2)
+        for _ in range(2):
+            assert adviser.start_seconds == adviser.seconds == 0.0
+            adviser.start(context)
+            adviser.extend([[(5, -1)], [(6, -1)]])
+    assert (adviser.start_seconds, adviser.seconds) == (0.5, 0.25)
+
+
+def test_an_adviser_that_was_slow_once_is_asked_again(saved) -> None:
+    """The times of one that is not worth asking fade, else nobody would ever look again."""
+    drafter = AutoDrafter(heads=load_heads(saved["speculator"][0]))
+    adviser = drafter._adviser
+    assert adviser is not None
+    adviser.start_seconds = 1e6
+    budget = Budget()
+    budget.record(
+        running=1, computed=1, plain=1, num_accepted=0, forward_seconds=1.0, draft_seconds=0.0
+    )
+    budget.choose([[]])
+    context = DraftContext(
+        [[5, 6, 7]], [True], [4], torch.device("cpu"), VOCAB, GREEDY, budget=budget
+    )
+    drafter.begin(1)
+    for _ in range(3):
+        drafter.propose(context)
+    assert adviser.start_seconds == pytest.approx(1e6 * 0.99**3)

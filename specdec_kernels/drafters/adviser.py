@@ -15,6 +15,8 @@ from .network import DraftNetwork, Level
 
 _BOUNDS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 """Probabilities between two of them are not told apart when their hits are counted."""
+_KEPT = 0.99
+"""Of the times that calls took, with every step in which nobody asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Adviser:
         self.depth = min(depth, network.max_depth or depth)
         self.width = width
         self._num_tokens = num_tokens
+        self._num_starts = 0
 
     def begin(self, batch: int) -> None:
         """See `Drafter`."""
@@ -77,17 +80,32 @@ class Adviser:
     def start(self, context: DraftContext) -> list[Advice]:
         """Of the root of each row."""
         begun = time.perf_counter()
+        self._num_starts += 1
         self._vocab_size = context.vocab_size
         advice = [row[0] for row in self._advice(self.network.start(context)[:, None])]
-        self.start_seconds = _of_late(self.start_seconds, time.perf_counter() - begun)
+        if self._is_warm:
+            self.start_seconds = _of_late(self.start_seconds, time.perf_counter() - begun)
         return advice
 
     def extend(self, level: Level) -> list[list[Advice]]:
         """Of the next nodes of each row, as in `DraftNetwork.extend`; padding has some, too."""
         begun = time.perf_counter()
         advice = self._advice(self.network.extend(level))
-        self.seconds = _of_late(self.seconds, time.perf_counter() - begun)
+        if self._is_warm:
+            self.seconds = _of_late(self.seconds, time.perf_counter() - begun)
         return advice
+
+    def forget(self) -> None:
+        """A little of how long calls took: asked too seldom, it would never learn that they take
+        less now.
+        """
+        self.start_seconds *= _KEPT
+        self.seconds *= _KEPT
+
+    @property
+    def _is_warm(self) -> bool:
+        """Whether all weights have been used: the first time they are packed."""
+        return self._num_starts > 1
 
     def _advice(self, logits: Tensor) -> list[list[Advice]]:
         logits = logits[..., : self._vocab_size]

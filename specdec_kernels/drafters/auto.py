@@ -255,6 +255,7 @@ class AutoDrafter(Drafter):
         """Have the adviser judge the root of each row, then the likeliest nodes of each level."""
         nodes = [[root] if root is not None else [] for root in roots]
         if not self._is_worth_asking(adviser.start_seconds, context, nodes):
+            adviser.forget()
             return
         for root, advice in zip(roots, adviser.start(context), strict=True):
             if root is not None:
