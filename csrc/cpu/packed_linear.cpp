@@ -30,13 +30,10 @@ template <class T>
 constexpr int64_t kSliceSize = kPanelOutputs * kPanelFeatures<T>;
 template <class T>
 constexpr int64_t kSliceBytes = kSliceSize<T> * sizeof(T);
-// Where to prefetch to, as __builtin_prefetch says it (2: past the first cache, which has room for
-// few requests), and how far ahead: measured on CPUs with these instructions, and on others.
+// How far ahead to prefetch: measured on CPUs with these instructions, and on others.
 #if defined(__AVX512BF16__)
-constexpr int kCache = 2;
 constexpr int64_t kNearAhead = 2048;
 #else
-constexpr int kCache = 3;
 constexpr int64_t kNearAhead = 1024;
 #endif
 constexpr int32_t kColumnsPerPanel = kPanelOutputs / kLanes;

@@ -25,7 +25,10 @@ namespace specdec::SPECDEC_ISA {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
-constexpr int32_t kFewRows = 16;  // query rows for which a tile is not worth packing
+// Query rows for which a tile is not worth packing. Pairs of values lie in two rows, which have to
+// be put together for every block of rows.
+template <class Quanta>
+constexpr int32_t kFewRows = Quanta::kElements == 1 ? 16 : 5;
 
 // Buffers of one thread.
 struct TileScratch {
@@ -104,7 +107,7 @@ void TreeAttention<Quanta>::attend(const Item& item, TileScratch& scratch) {
   T* v_buffer = k_buffer + k.buffer_size();
   const bool fills_registers = params_.q.head_dim % (kLanes * Quanta::kElements) == 0 &&
                                params_.v_cache.head_dim % kLanes == 0;
-  const bool is_packed = rows > kFewRows || !fills_registers;
+  const bool is_packed = rows > kFewRows<Quanta> || !fills_registers;
   const int32_t row_blocks = (rows + kMaxRows - 1) / kMaxRows;
   Tile tile{
       {}, {}, is_packed ? keys : nullptr, is_packed ? values : nullptr, {k, v, k_buffer, v_buffer}};
