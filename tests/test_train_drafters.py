@@ -425,6 +425,9 @@ def test_bfloat16_targets_train_under_autocast_to_about_the_same(
     [
         ("eagle", 1e-3, 8, [1, 1, 1, 1]),
         ("mlp-speculator", 2e-2, 2, [1, 1, 2]),  # the last is its own head
+        ("medusa", 2e-2, 3, [1, 1, 1]),
+        ("streaming", 1e-2, 2 * (1 + 3 * 7), [2]),  # the streams, no matrix
+        ("draft", 1e-3, 4 * 7, [1] * 9 + [2, 2]),  # embeddings and head
     ],
 )
 def test_muon_trains_the_matrices_of_a_bfloat16_target_s_heads_and_resumes(

@@ -72,7 +72,7 @@ def _add_command(
     vocab: int,
     ahead: int,
     largest_rate: float = 1e-3,
-    times: int = 10,
+    times: int = 2,
 ) -> None:
     def command(
         folder: Folder = FOLDER,
@@ -102,11 +102,11 @@ def _add_command(
     app.command(name, help=f"Train {name} on the corpus.")(command)
 
 
-_add_command("eagle", Eagle, vocab=8192, ahead=3, largest_rate=2e-3, times=2)
-_add_command("mlp-speculator", Speculator, vocab=3072, ahead=4, largest_rate=1e-2, times=2)
-_add_command("medusa", Medusa, vocab=8192, ahead=4)
-_add_command("streaming", Streams, vocab=8192, ahead=3)
-_add_command("draft", Draft, vocab=8192, ahead=1, times=2)
+_add_command("eagle", Eagle, vocab=8192, ahead=3, largest_rate=2e-3)
+_add_command("mlp-speculator", Speculator, vocab=3072, ahead=4, largest_rate=1e-2)
+_add_command("medusa", Medusa, vocab=8192, ahead=4, largest_rate=2e-3)
+_add_command("streaming", Streams, vocab=8192, ahead=3, largest_rate=2e-3, times=1)
+_add_command("draft", Draft, vocab=8192, ahead=1, times=1)
 
 
 def _load(model: str, dtype: str) -> TextModel:

@@ -39,15 +39,12 @@ class Draft(System):
     """
 
     use = "--drafter draft --draft-model"
-    muon_rate = 10.0
+    muon, muon_rate = ("model.layers.",), 10.0
 
     def __init__(self, target: HFTargetView, ids: Tensor, folder: Path, num_depths: int) -> None:
         if num_depths != 1:
             raise ValueError(f"draft: depths must be 1, got {num_depths}")
         self.model = _smaller(target.target.model, ids)
-        decoder = self.model.get_decoder()
-        names = (name for name, part in self.model.named_modules() if part is decoder.layers)
-        self.muon = (f"{next(names)}.",)
         config = {"draft_vocab_size": len(ids), "num_layers": NUM_LAYERS}
         super().__init__(dict(self.model.named_parameters()), config, target, ids, 1)
         self.save(folder / "initial", target.dtype)

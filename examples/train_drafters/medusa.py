@@ -28,6 +28,8 @@ class Medusa(HeadsSystem):
     Source: Cai et al., "Medusa", 2401.10774, section 2.2.1 (Medusa-1).
     """
 
+    muon, muon_rate = ("",), 2.5  # all matrices
+
     def __init__(self, target: HFTargetView, ids: Tensor, folder: Path, num_depths: int) -> None:
         size = target.hidden_size
         config = {

@@ -36,6 +36,8 @@ class Streams(HeadsSystem):
     Source: Bhendawade et al., "Speculative Streaming", 2402.11131, sections 3.1 and 3.2.
     """
 
+    muon, muon_rate = ("enter.", *(f"{i}." for i in range(NUM_LAYERS))), 2.5
+
     def __init__(self, target: HFTargetView, ids: Tensor, folder: Path, num_depths: int) -> None:
         model: Any = target.target.model
         self._decoder = model.get_decoder()
