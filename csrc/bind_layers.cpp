@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -211,6 +212,26 @@ void check_count(const char* name, size_t got, size_t wanted, size_t num_layers,
        wanted, num_layers, got);
 }
 
+// Where the nodes of each request begin in x [1, T, F], which holds the T of all; none of x [B, N,
+// F].
+std::vector<int64_t> firsts_in(const Tensor& x, const Tensor& depths, const Tensor& num_nodes) {
+  const int64_t batch = depths.size(0), nodes = depths.size(1);
+  if (x.size(0) == batch && x.size(1) == nodes) return {};
+  std::vector<int64_t> firsts;
+  int64_t total = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    firsts.push_back(total);
+    total += std::clamp<int64_t>(num_nodes.const_data_ptr<int32_t>()[b], 0, nodes);
+  }
+  if (x.size(0) != 1 || x.size(1) != total || nodes > 64) {
+    fail(
+        "layer_stack: x must be [B, N, F] = [%ld, %ld, F], or [1, T, F] with the T = %ld nodes of "
+        "trees of N <= 64, got [%ld, %ld, F]",
+        batch, nodes, total, x.size(0), x.size(1));
+  }
+  return firsts;
+}
+
 auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
                      std::vector<Tensor> k_caches, std::vector<Tensor> v_caches,
                      const Tensor& ancestors, const Tensor& depths, const Tensor& lengths,
@@ -231,7 +252,7 @@ auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
   check_count("head_norm_weights", head_norm_weights.size(), 2 * num, num, true);
   check_count("windows", windows.size(), num, num);
   const int64_t batch = x.size(0), nodes = x.size(1), features = x.size(2), dim = cos.size(2);
-  const int64_t num_groups = k_caches[0].size(1);
+  const int64_t num_groups = k_caches[0].size(1), trees = depths.size(0), most = depths.size(1);
   if (dim % 2 != 0) fail("%s: D must be even, got %ld", op, dim);
   if (num_groups == 0 || num_heads % num_groups != 0) {
     fail("%s: num_heads must be a multiple of key/value heads, got %ld and %ld", op, num_heads,
@@ -240,6 +261,7 @@ auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
   const Tensor rows = packed(x), cosines = with_unit_stride(cos), sines = with_unit_stride(sin);
   const Tensor bits = packed(ancestors), levels = packed(depths);
   const Tensor starts = packed(lengths), sizes = packed(num_nodes);
+  const std::vector<int64_t> firsts = firsts_in(x, depths, sizes);
   std::vector<Tensor> kept;  // copies of what is not contiguous
   const auto values = [&](const Tensor& tensor) {
     return kept.emplace_back(packed(tensor)).const_data_ptr();
@@ -252,23 +274,28 @@ auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
   Output attended({batch, nodes, num_heads, dim}, x.scalar_type());
   Output out({batch, nodes, features}, x.scalar_type());
   const DType dtype = dtype_of(x);
+  // As the trees see them: the strides are those of all nodes.
   const auto by_head = [&](const Output& heads, int64_t count) -> TensorView {
     return {heads.data<void>(),
             dtype,
-            {batch, count, nodes, dim},
+            {trees, count, most, dim},
             {count * nodes * dim, nodes * dim, dim, 1}};
   };
   const auto by_node = [&](const Output& heads, int64_t count) -> TensorView {
     return {heads.data<void>(),
             dtype,
-            {batch, count, nodes, dim},
+            {trees, count, most, dim},
             {count * nodes * dim, dim, count * dim, 1}};
   };
-  const TensorView attended_view{attended.data<void>(), dtype, {batch, nodes, num_heads, dim}, {}};
+  const TensorView attended_view{attended.data<void>(), dtype, {trees, most, num_heads, dim}, {}};
   const BeforeAttentionParams before =
       before_attention_params(cosines, sines, features, num_heads, num_groups, epsilon);
   const AfterAttentionParams after =
-      after_attention_params(by_node(attended, num_heads), features, epsilon);
+      after_attention_params({attended.data<void>(),
+                              dtype,
+                              {batch, num_heads, nodes, dim},
+                              {num_heads * nodes * dim, dim, num_heads * dim, 1}},
+                             features, epsilon);
   std::vector<StackedLayer> layers;
   layers.reserve(num);
   for (size_t i = 0; i < num; ++i) {
@@ -316,7 +343,8 @@ auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
     layer.after.out = out.data<void>();
   }
   check_lengths(layers[0].attention);
-  cpu_kernels().layer_stack({layers.data(), static_cast<int64_t>(num)});
+  cpu_kernels().layer_stack(
+      {layers.data(), static_cast<int64_t>(num), firsts.empty() ? nullptr : firsts.data()});
   return released(out);
 }
 

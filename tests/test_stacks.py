@@ -250,15 +250,39 @@ def test_fewer_layers_than_in_the_first_pass_are_refused() -> None:
     model.config.num_hidden_layers = 3
 
 
-def test_a_pass_over_rows_joined_into_one_goes_layer_by_layer(calls: list[int]) -> None:
-    model = _family("llama")
+@of_each_dtype
+@pytest.mark.parametrize("family", [name for name, count in FAMILIES.items() if count])
+def test_a_pass_over_rows_joined_into_one_is_one_call_with_the_same_bits(
+    family: str, dtype: torch.dtype, calls: list[int]
+) -> None:
+    """Also where a row has ended."""
+    model = _family(family, dtype)
     with _running(model):
         target, _ = _target(model)
-        rows = [([5, 6, 7, 8, 9, 10], TREE), ([5], [-1]), ([6], [-1])]
+        rows = [([5], [-1]), ([], []), ([5, 6, 7, 8, 9, 10], TREE)]
         tree = TokenTree.from_rows(rows, "cpu")
         assert not target.pads
-        target.forward(tree)
-        target.forward(tree)
+        one_by_one, keys = target.forward(tree), _keys(target)
+        assert calls == []
+        layers = target.cache.tree_layers
+        for layer in layers:
+            layer.keys[2, :, 11:] = torch.nan  # what the tree must write
+        together = target.forward(tree)
+    assert calls == [FAMILIES[family]]
+    is_node = torch.arange(6) < tree.num_nodes[:, None]
+    assert torch.equal(together[is_node], one_by_one[is_node])
+    assert torch.equal(_keys(target)[2::3], keys[2::3])
+
+
+def test_joined_rows_of_more_than_64_nodes_go_layer_by_layer(calls: list[int]) -> None:
+    model = _family("llama")
+    with _running(model):
+        target = HFTarget(model, capacity=96)
+        target.prefill(random_prompts((9, 14, 11), 101))
+        chain = [[5] * 65, [*range(-1, 64)]]
+        tree = TokenTree.from_rows([chain, ([5], [-1]), ([6], [-1])], "cpu")
+        one_by_one = target.forward(tree)
+        assert torch.equal(target.forward(tree)[0], one_by_one[0])
     assert calls == []
 
 
@@ -289,7 +313,7 @@ def test_two_lists_of_layers_are_two_stacks(calls: list[int]) -> None:
         ("num_heads", lambda x: 4, "num_heads must be a multiple of key/value heads, got 4 and 3"),
         ("num_hidden", lambda x: 46, "layer 0: gate_bias must be \\[46\\], got \\[47\\]"),
         ("entry", lambda x: torch.zeros(3, 3, 70), "q_panels of a weight \\[30, 70\\] must be"),
-        ("entry", lambda x: torch.zeros(3, 2, 33), "entry must be \\[B, N, I\\]"),
+        ("entry", lambda x: torch.zeros(3, 2, 33), "entry must be \\[R, M, I\\]"),
         ("softcap", lambda x: -1.0, "tree_attention: window and softcap must be >= 0"),
         ("lengths", lambda x: x + 30, "must be in \\[0, 20"),
     ],
@@ -302,3 +326,17 @@ def test_a_mistake_is_named(backend: str, name: str, change: Any, message: str) 
         layer_stack(**{**inputs, name: change(inputs[name])}, backend=backend)
     if backend == "cpu":  # nothing lost
         assert all(torch.equal(a, b) for a, b in zip(caches, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("nodes", [7, 70])
+def test_joined_rows_of_another_number_are_refused(backend: str, nodes: int) -> None:
+    case = next(case for case in OPS["layer_stack"].cases if case.get("joined"))
+    inputs = OPS["layer_stack"].inputs(**{**case, "N": nodes, "S": 200})
+    wrong = torch.full((4,), 7, dtype=torch.int32) if nodes == 7 else inputs["num_nodes"]
+    total = int(wrong.sum())
+    message = (
+        f"x must be .* = \\[4, {nodes}, F\\], or .* T = {total} nodes of trees of N <= 64, got"
+    )
+    with pytest.raises(ValueError, match=message):
+        layer_stack(**{**inputs, "num_nodes": wrong}, backend=backend)

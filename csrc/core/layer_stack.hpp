@@ -18,6 +18,9 @@ struct StackedLayer {
 struct LayerStackParams {
   const StackedLayer* layers;
   int64_t num_layers;
+  // [B], where the nodes of each request begin among those of all, one request behind the other; of
+  // at most 64 nodes each. Null where every request has a row of N of its own.
+  const int64_t* firsts;
 };
 
 }  // namespace specdec

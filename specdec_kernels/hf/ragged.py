@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_WORTH = 0.75
-"""Of the padded tokens. SmolLM2 on two cores: eight rows of one node take 41 ms, as long as five of
-them with the copies; three take 30, and one row of two beside seven of one 53 instead of 63."""
+_WORTH = 0.85
+"""Of the padded tokens. SmolLM2 on two cores: 13 tokens of four trees of at most 4 nodes take 15.4
+instead of 16.3 ms, 15 as long as with the padding."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..ops import layer_stack
+from ..ops.layer_stack import MOST_JOINED
 from .attention import TreeCall, is_ragged
 from .cache import CACHE_KEYWORDS, TreeCache
 
@@ -162,7 +163,8 @@ class Stack:
     def _fits(self, call: TreeCall, shared: tuple[Any, ...]) -> bool:
         """Whether one operator can make this pass."""
         caches = [cache for cache in shared[1:] if cache is not None]
-        if not call.is_whole or is_ragged() or any(self._hooks) or len(caches) != 1:
+        is_wide = is_ragged() and call.ancestors.shape[1] > MOST_JOINED
+        if not call.is_whole or is_wide or any(self._hooks) or len(caches) != 1:
             return False
         cache, localities = caches[0], call.localities.by_layer
         return (

@@ -20,6 +20,8 @@ from .write_kv import write_kv
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 """The linear layers of a decoder layer, in the order of `panels` and `biases`."""
+MOST_JOINED = 64
+"""Nodes of a tree of several whose nodes are the rows of one."""
 
 
 def _check(
@@ -27,6 +29,8 @@ def _check(
     cos: Tensor,
     k_caches: Sequence[Tensor],
     v_caches: Sequence[Tensor],
+    depths: Tensor,
+    num_nodes: Tensor | None,
     norm_weights: Sequence[Tensor],
     panels: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -52,6 +56,14 @@ def _check(
             allowed = " or ".join(map(str, counts))
             raise ValueError(
                 f"{name}: {argument} must be {allowed} for {num} layers, got {len(values)}"
+            )
+    if x.shape[:2] != depths.shape:
+        (batch, nodes), rows = depths.shape, list(x.shape[:2])
+        total = rows[1] if num_nodes is None else int(num_nodes.clamp(0, nodes).sum())
+        if rows != [1, total] or nodes > MOST_JOINED:
+            raise ValueError(
+                f"{name}: x must be [B, N, F] = [{batch}, {nodes}, F], or [1, T, F] with the "
+                f"T = {total} nodes of trees of N <= {MOST_JOINED}, got [{rows[0]}, {rows[1]}, F]"
             )
     features, head_dim = x.shape[2], cos.shape[2]
     entries = features if entry is None else entry.shape[2]
@@ -97,8 +109,8 @@ def _fake(
     entry: Tensor | None = None,
 ) -> Tensor:
     _check(
-        x, cos, k_caches, v_caches, norm_weights, panels, biases, head_norm_weights, windows,
-        num_heads, num_hidden, entry,
+        x, cos, k_caches, v_caches, depths, None, norm_weights, panels, biases,
+        head_norm_weights, windows, num_heads, num_hidden, entry,
     )  # fmt: skip
     return x.new_empty(x.shape)
 
@@ -116,6 +128,7 @@ def _inputs(
     window: int = 0,
     softcap: float = 0.0,
     entry: int = 0,
+    joined: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -134,11 +147,12 @@ def _inputs(
     sizes = [(H * D, F), (G * D, F), (G * D, F), (F, H * D), (U, F), (U, F), (F, U)] * L
     if entry:
         sizes[:3] = [(outputs, entry) for outputs, _ in sizes[:3]]
-    angles = torch.rand((1, N, D // 2), generator=generator) * 6.0
-    angles = torch.cat([angles, angles], -1).expand(B, N, D)
+    rows = (1, int(tree.num_nodes.sum())) if joined else (B, N)
+    angles = torch.rand((1, rows[1], D // 2), generator=generator) * 6.0
+    angles = torch.cat([angles, angles], -1).expand(*rows, D)
     biases = [random(size[0] if i % 7 != 3 else 0) for i, size in enumerate(sizes)]
     return {
-        "x": random(B, N, F) * 3,
+        "x": random(*rows, F) * 3,
         "cos": angles.cos().to(dtype),
         "sin": angles.sin().to(dtype),
         "k_caches": [k for k, _ in caches],
@@ -157,15 +171,15 @@ def _inputs(
         "epsilon": 1e-5,
         "scale": D**-0.5,
         "softcap": softcap,
-        "entry": random(B, N, entry) if entry else None,
+        "entry": random(*rows, entry) if entry else None,
     }
 
 
 @op(
-    shapes="x: B N F float, cos: B N D float, sin: B N D float, k_caches: [B G S D] float, "
+    shapes="x: R M F float, cos: R M D float, sin: R M D float, k_caches: [B G S D] float, "
     "v_caches: [B G S D] float, ancestors: B N W int64, depths: B N int32, lengths: B int32, "
     "num_nodes: B int32, norm_weights: [F] float, panels: [_ _ _ _] float, biases: [_] float, "
-    "head_norm_weights: [D] float, entry: B N I float",
+    "head_norm_weights: [D] float, entry: R M I float",
     fake=_fake,
     inputs=_inputs,
     mutates=("k_caches", "v_caches"),
@@ -179,6 +193,10 @@ def _inputs(
          "softcap": 3.0},
         {"B": 2, "N": 5, "L": 1, "F": 48, "H": 4, "G": 2, "D": 16, "U": 70, "S": 40, "entry": 96},
         {"B": 1, "N": 4, "L": 2, "F": 64, "H": 2, "G": 1, "D": 32, "U": 96, "S": 20, "entry": 33},
+        {"B": 4, "N": 7, "L": 2, "F": 64, "H": 4, "G": 2, "D": 16, "U": 96, "S": 90,
+         "joined": True},
+        {"B": 3, "N": 20, "L": 2, "F": 33, "H": 3, "G": 3, "D": 10, "U": 47, "S": 40, "window": 4,
+         "joined": True, "entry": 20},
     ),
 )  # fmt: skip
 def layer_stack(
@@ -207,8 +225,9 @@ def layer_stack(
     `after_attention`: what a model computes of its trees between embeddings and last norm.
 
     Args:
-        x: [B, N, F] float, the hidden states, any strides.
-        cos, sin: [B, N, D], as in `rope`.
+        x: [B, N, F] float, the hidden states, any strides; or [1, T, F], those of the T nodes of
+            all trees, one tree behind the other, of N <= 64.
+        cos, sin: [B, N, D] or [1, T, D], as in `rope`.
         k_caches, v_caches: L of [B, G, S, D], any strides, written as by `write_kv`.
         ancestors, depths, lengths, num_nodes: of the trees, as in `tree_attention`.
         norm_weights: 2 L of [F], of the norms before the attention and before the MLP of each
@@ -220,23 +239,26 @@ def layer_stack(
         num_heads: H, of queries.
         num_hidden: U, outputs of gate and up.
         scale, softcap: as in `tree_attention`.
-        entry: [B, N, I], what the first layer multiplies with its q, k and v in place of the norm
-            of x, as EAGLE's layer does; the first norm weight then has no use.
+        entry: [B, N, I] or [1, T, I], what the first layer multiplies with its q, k and v in place
+            of the norm of x, as EAGLE's layer does; the first norm weight then has no use.
 
     Returns:
-        [B, N, F], contiguous; NaN and infinities as the formulas give them.
+        like x, contiguous; NaN and infinities as the formulas give them.
 
     Raises:
-        ValueError: no layers, lists of other lengths, panels or a bias of another size, an odd D,
-            and what `write_kv` and `tree_attention` refuse.
+        ValueError: x of another number of nodes, no layers, lists of other lengths, panels or a
+            bias of another size, an odd D, and what `write_kv` and `tree_attention` refuse.
 
     Source: Touvron et al., "LLaMA", 2302.13971, section 2; tree attention, Miao et al.,
         "SpecInfer", 2305.09781, section 4.
     """
     _check(
-        x, cos, k_caches, v_caches, norm_weights, panels, biases, head_norm_weights, windows,
-        num_heads, num_hidden, entry,
+        x, cos, k_caches, v_caches, depths, num_nodes, norm_weights, panels, biases,
+        head_norm_weights, windows, num_heads, num_hidden, entry,
     )  # fmt: skip
+    joined = None
+    if x.shape[:2] != depths.shape:
+        joined = torch.arange(depths.shape[1], device=x.device) < num_nodes[:, None]
     for i, (k_cache, v_cache) in enumerate(zip(k_caches, v_caches, strict=True)):
         q_panels, k_panels, v_panels, o_panels, gate_panels, up_panels, down_panels = panels[
             7 * i : 7 * i + 7
@@ -249,13 +271,25 @@ def layer_stack(
             num_heads, k_cache.shape[1], own[0], own[1], own[2], heads[0], heads[1],
         )  # fmt: skip
         entry = None
+        if joined is not None:
+            q, k, v = (_by_trees(of_all, joined) for of_all in (q, k, v))
         write_kv.reference(k, v, k_cache, v_cache, lengths, num_nodes)
         attended, _ = tree_attention.reference(
             q, k_cache, v_cache, ancestors, depths, lengths, num_nodes,
             scale=scale, window=windows[i], softcap=softcap,
         )  # fmt: skip
+        if joined is not None:
+            attended = attended.transpose(1, 2)[joined].transpose(0, 1)[None]
         x = after_attention.reference(
             attended, x, o_panels, norm_weights[2 * i + 1], epsilon, gate_panels, up_panels,
             down_panels, num_hidden, own[3], own[4], own[5], own[6],
         )  # fmt: skip
     return x
+
+
+def _by_trees(of_all: Tensor, is_node: Tensor) -> Tensor:
+    """[1, H, T, D] as [B, H, N, D], for is_node [B, N]; padding is 0."""
+    _, heads, _, dim = of_all.shape
+    rows = of_all.new_zeros((*is_node.shape, heads, dim))
+    rows[is_node] = of_all[0].transpose(0, 1)
+    return rows.transpose(1, 2)
