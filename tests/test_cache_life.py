@@ -76,7 +76,7 @@ def test_a_conversation_continues_from_the_returned_cache(tiny_model, rows) -> N
     finally:
         hook.remove()
     assert _texts(second.sequences, left_pad(longer)) == [greedy(tiny_model, r, 9) for r in longer]
-    assert widths[0] == 6, "the last token of the first turn, and the five new ones"
+    assert widths[0] == 4 + 6, "of each row the last token of the first turn, and the new ones"
     assert _cache_of(second) is cache
 
 
