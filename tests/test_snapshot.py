@@ -69,6 +69,22 @@ def test_a_class_that_computes_something_else_is_seen(monkeypatch: pytest.Monkey
     assert not snapshot.is_current()
 
 
+class _Elsewhere(nn.Parameter):
+    """As wrapped or split parameters are."""
+
+    def data_ptr(self) -> int:
+        raise RuntimeError("no storage of its own")
+
+
+def test_a_parameter_without_memory_of_its_own_is_seen_as_another_one() -> None:
+    model = make_tiny_model()
+    model.model.norm.weight = _Elsewhere(torch.ones(64))
+    snapshot = Snapshot(model)
+    assert snapshot.is_current()
+    model.model.norm.weight = _Elsewhere(torch.ones(64))
+    assert not snapshot.is_current()
+
+
 def test_hooks_and_values_may_change() -> None:
     """What the replacements read whenever they run."""
     model = make_tiny_model()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Snapshot:
@@ -39,7 +39,7 @@ class Snapshot:
         )
 
     def _storages_now(self) -> list[tuple[Any, ...]]:
-        return [(p.data_ptr(), p.dtype, p.device) for p in self._parameters]
+        return [(_address(p), p.dtype, p.device) for p in self._parameters]
 
 
 def _held_by(part: nn.Module) -> Iterator[dict[str, Any]]:
@@ -50,3 +50,10 @@ def _held_by(part: nn.Module) -> Iterator[dict[str, Any]]:
 def _public(config: Any) -> dict[str, Any]:
     """Without what is lent to it while a model runs."""
     return {name: value for name, value in vars(config).items() if not name.startswith("_")}
+
+
+def _address(parameter: Tensor) -> int | None:
+    try:
+        return parameter.data_ptr()
+    except RuntimeError:  # of a class that keeps its values elsewhere
+        return None
