@@ -223,11 +223,11 @@ std::vector<int64_t> firsts_in(const Tensor& x, const Tensor& depths, const Tens
     firsts.push_back(total);
     total += std::clamp<int64_t>(num_nodes.const_data_ptr<int32_t>()[b], 0, nodes);
   }
-  if (x.size(0) != 1 || x.size(1) != total || nodes > 64) {
+  if (x.size(0) != 1 || x.size(1) != total || nodes > kMostJoined) {
     fail(
         "layer_stack: x must be [B, N, F] = [%ld, %ld, F], or [1, T, F] with the T = %ld nodes of "
-        "trees of N <= 64, got [%ld, %ld, F]",
-        batch, nodes, total, x.size(0), x.size(1));
+        "trees of N <= %ld, got [%ld, %ld, F]",
+        batch, nodes, total, kMostJoined, x.size(0), x.size(1));
   }
   return firsts;
 }
@@ -281,21 +281,18 @@ auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
             {trees, count, most, dim},
             {count * nodes * dim, nodes * dim, dim, 1}};
   };
-  const auto by_node = [&](const Output& heads, int64_t count) -> TensorView {
+  const auto by_node = [&](const Output& heads, int64_t count, int64_t rows,
+                           int64_t columns) -> TensorView {
     return {heads.data<void>(),
             dtype,
-            {trees, count, most, dim},
+            {rows, count, columns, dim},
             {count * nodes * dim, dim, count * dim, 1}};
   };
   const TensorView attended_view{attended.data<void>(), dtype, {trees, most, num_heads, dim}, {}};
   const BeforeAttentionParams before =
       before_attention_params(cosines, sines, features, num_heads, num_groups, epsilon);
   const AfterAttentionParams after =
-      after_attention_params({attended.data<void>(),
-                              dtype,
-                              {batch, num_heads, nodes, dim},
-                              {num_heads * nodes * dim, dim, num_heads * dim, 1}},
-                             features, epsilon);
+      after_attention_params(by_node(attended, num_heads, batch, nodes), features, epsilon);
   std::vector<StackedLayer> layers;
   layers.reserve(num);
   for (size_t i = 0; i < num; ++i) {
@@ -310,8 +307,8 @@ auto layer_stack_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin,
     const TensorView k_cache = mutable_view(k_caches[i]), v_cache = mutable_view(v_caches[i]);
     StackedLayer& layer = layers.emplace_back(StackedLayer{
         before,
-        write_kv_params(by_head(k, num_groups), by_node(v, num_groups), k_cache, v_cache,
-                        view(starts), view(sizes), std::nullopt),
+        write_kv_params(by_head(k, num_groups), by_node(v, num_groups, trees, most), k_cache,
+                        v_cache, view(starts), view(sizes), std::nullopt),
         tree_attention_params(by_head(q, num_heads), k_cache, v_cache, view(bits), view(levels),
                               view(starts), view(sizes), std::nullopt, std::nullopt, attended_view,
                               std::nullopt, scale, windows[i], softcap),

@@ -28,7 +28,7 @@ from specdec_kernels import (
 )
 from specdec_kernels.budget import Budget
 from specdec_kernels.drafters import adviser as advising
-from specdec_kernels.drafters.adviser import Adviser
+from specdec_kernels.drafters.adviser import Advice, Adviser
 from specdec_kernels.drafters.mlp_speculator import place
 from specdec_kernels.drafters.network import Level
 from specdec_kernels.drafting import GREEDY
@@ -326,12 +326,17 @@ def test_an_adviser_s_times_are_those_of_calls_with_packed_weights(
     assert (adviser.start_seconds, adviser.seconds) == (0.5, 0.25)
 
 
-def test_an_adviser_that_was_slow_once_is_asked_again(saved) -> None:
+@pytest.mark.parametrize("name", ["start_seconds", "seconds"])
+def test_an_adviser_that_was_slow_once_is_asked_again(
+    name: str, saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The times of one that is not worth asking fade, else nobody would ever look again."""
     drafter = AutoDrafter(heads=load_heads(saved["speculator"][0]))
     adviser = drafter._adviser
     assert adviser is not None
-    adviser.start_seconds = 1e6
+    setattr(adviser, name, 1e6)
+    monkeypatch.setattr(adviser, "start", lambda context: [Advice({8: 0.9})])
+    monkeypatch.setattr(adviser, "extend", lambda level: pytest.fail("asked"))
     budget = Budget()
     budget.record(
         running=1, computed=1, plain=1, num_accepted=0, forward_seconds=1.0, draft_seconds=0.0
@@ -343,4 +348,4 @@ def test_an_adviser_that_was_slow_once_is_asked_again(saved) -> None:
     drafter.begin(1)
     for _ in range(3):
         drafter.propose(context)
-    assert adviser.start_seconds == pytest.approx(1e6 * 0.99**3)
+    assert getattr(adviser, name) == pytest.approx(1e6 * 0.99**3)

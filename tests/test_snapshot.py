@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import make_tiny_model
 from test_layers import _family, _packs_in_panels, _running
-from test_stacks import _target, calls
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -20,7 +19,6 @@ from specdec_kernels.hf import fusing
 from specdec_kernels.hf.snapshot import Snapshot
 
 pytestmark = pytest.mark.usefixtures(_packs_in_panels.__name__)
-__all__ = ["calls"]  # a fixture
 
 
 def _own_forward(model: Any) -> None:
@@ -105,42 +103,3 @@ def test_a_model_that_nobody_else_has_is_freed() -> None:
     del model
     gc.collect()
     assert alive() is None
-
-
-def test_what_is_known_of_a_chain_serves_later_texts_until_the_model_changes(
-    calls: list[int],
-) -> None:
-    model = _family("llama")
-    wanted = []
-    for passes in (2, 1):
-        with _running(model):
-            target, tree = _target(model)
-            wanted += [target.forward(tree) for _ in range(passes)]
-    assert calls == [3, 3]  # not the very first pass
-    assert all(torch.equal(logits, wanted[0]) for logits in wanted)
-    model.model.layers[1].self_attn.scaling = 0.5
-    with _running(model):
-        target, tree = _target(model)
-        changed = target.forward(tree)
-    assert calls == [3, 3]
-    assert not torch.equal(changed, wanted[0])
-
-
-def test_weights_that_were_packed_anew_are_multiplied() -> None:
-    model = _family("llama")
-    own = []
-    for _ in range(2):
-        with _running(model):
-            target, tree = _target(model)
-            target.forward(tree)
-            own.append(target.forward(tree))
-        with torch.no_grad():
-            model.model.layers[1].mlp.down_proj.weight.mul_(3)
-    fresh = _family("llama")
-    with torch.no_grad():
-        fresh.model.layers[1].mlp.down_proj.weight.mul_(3)
-    with _running(fresh):
-        target, tree = _target(fresh)
-        target.forward(tree)
-        assert torch.equal(target.forward(tree), own[1])
-    assert not torch.equal(*own)

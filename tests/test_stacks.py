@@ -49,22 +49,32 @@ def _keys(target: HFTarget) -> Tensor:
 
 
 @of_each_dtype
+@pytest.mark.parametrize("joined", [False, True], ids=["rows", "joined"])
 @pytest.mark.parametrize("family", [name for name, count in FAMILIES.items() if count])
 def test_the_second_pass_is_one_call_with_the_same_bits(
-    family: str, dtype: torch.dtype, calls: list[int]
+    family: str, joined: bool, dtype: torch.dtype, calls: list[int]
 ) -> None:
+    """Also of trees of different sizes, joined into one row, where a text has ended."""
     model = _family(family, dtype)
     with _running(model):
         target, tree = _target(model)
+        if joined:
+            rows = [([5], [-1]), ([], []), ([5, 6, 7, 8, 9, 10], TREE)]
+            tree = TokenTree.from_rows(rows, "cpu")
+            assert not target.pads
+        is_node = torch.arange(6) < tree.num_nodes[:, None]
         one_by_one, keys = target.forward(tree), _keys(target)
         assert calls == []
-        for layer in target.cache.tree_layers:
-            layer.keys[:, :, 14:] = torch.nan  # of rows 0 and 2 also what the tree must write
+        starts = target.cache.lengths.tolist()
+        for layer in target.cache.tree_layers:  # what the trees must write
+            for b, (start, size) in enumerate(zip(starts, tree.num_nodes.tolist(), strict=True)):
+                layer.keys[b, :, start : start + size] = torch.nan
         together = target.forward(tree)
     assert calls == [FAMILIES[family]]
-    assert torch.equal(together, one_by_one)
-    rows = range(1, len(keys), 3)
-    assert torch.equal(_keys(target)[rows], keys[rows])
+    assert torch.equal(together[is_node], one_by_one[is_node])
+    for now, before in zip(_keys(target).split(3), keys.split(3), strict=True):
+        of_nodes, as_before = (x.transpose(1, 2)[is_node] for x in (now, before))
+        assert torch.equal(of_nodes, as_before)
 
 
 def test_a_text_goes_on_behind_what_it_keeps(calls: list[int]) -> None:
@@ -250,30 +260,6 @@ def test_fewer_layers_than_in_the_first_pass_are_refused() -> None:
     model.config.num_hidden_layers = 3
 
 
-@of_each_dtype
-@pytest.mark.parametrize("family", [name for name, count in FAMILIES.items() if count])
-def test_a_pass_over_rows_joined_into_one_is_one_call_with_the_same_bits(
-    family: str, dtype: torch.dtype, calls: list[int]
-) -> None:
-    """Also where a row has ended."""
-    model = _family(family, dtype)
-    with _running(model):
-        target, _ = _target(model)
-        rows = [([5], [-1]), ([], []), ([5, 6, 7, 8, 9, 10], TREE)]
-        tree = TokenTree.from_rows(rows, "cpu")
-        assert not target.pads
-        one_by_one, keys = target.forward(tree), _keys(target)
-        assert calls == []
-        layers = target.cache.tree_layers
-        for layer in layers:
-            layer.keys[2, :, 11:] = torch.nan  # what the tree must write
-        together = target.forward(tree)
-    assert calls == [FAMILIES[family]]
-    is_node = torch.arange(6) < tree.num_nodes[:, None]
-    assert torch.equal(together[is_node], one_by_one[is_node])
-    assert torch.equal(_keys(target)[2::3], keys[2::3])
-
-
 def test_joined_rows_of_more_than_64_nodes_go_layer_by_layer(calls: list[int]) -> None:
     model = _family("llama")
     with _running(model):
@@ -298,6 +284,45 @@ def test_two_lists_of_layers_are_two_stacks(calls: list[int]) -> None:
         one_by_one = target.forward(tree)
         assert torch.equal(target.forward(tree), one_by_one)
     assert calls == [2, 2]
+
+
+def test_what_is_known_of_a_chain_serves_later_texts_until_the_model_changes(
+    calls: list[int],
+) -> None:
+    model = _family("llama")
+    wanted = []
+    for passes in (2, 1):
+        with _running(model):
+            target, tree = _target(model)
+            wanted += [target.forward(tree) for _ in range(passes)]
+    assert calls == [3, 3]  # not the very first pass
+    assert all(torch.equal(logits, wanted[0]) for logits in wanted)
+    model.model.layers[1].self_attn.scaling = 0.5
+    with _running(model):
+        target, tree = _target(model)
+        changed = target.forward(tree)
+    assert calls == [3, 3]
+    assert not torch.equal(changed, wanted[0])
+
+
+def test_weights_that_were_packed_anew_are_multiplied() -> None:
+    model = _family("llama")
+    own = []
+    for _ in range(2):
+        with _running(model):
+            target, tree = _target(model)
+            target.forward(tree)
+            own.append(target.forward(tree))
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(3)
+    fresh = _family("llama")
+    with torch.no_grad():
+        fresh.model.layers[1].mlp.down_proj.weight.mul_(3)
+    with _running(fresh):
+        target, tree = _target(fresh)
+        target.forward(tree)
+        assert torch.equal(target.forward(tree), own[1])
+    assert not torch.equal(*own)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

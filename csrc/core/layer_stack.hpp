@@ -15,11 +15,13 @@ struct StackedLayer {
   AfterAttentionParams after;
 };
 
+inline constexpr int64_t kMostJoined = 64;  // one word of ancestors
+
 struct LayerStackParams {
   const StackedLayer* layers;
   int64_t num_layers;
   // [B], where the nodes of each request begin among those of all, one request behind the other; of
-  // at most 64 nodes each. Null where every request has a row of N of its own.
+  // at most kMostJoined nodes each. Null where every request has a row of N of its own.
   const int64_t* firsts;
 };
 

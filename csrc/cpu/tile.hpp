@@ -48,6 +48,7 @@ struct Bfloat16Pairs {
     return _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
   static void pack(const T* source, float* target) { std::memcpy(target, source, sizeof *target); }
+  // Of an odd number of registers also what follows them, which nobody multiplies.
   static void pack_probs(const float* probs, int32_t num, float* target) {
     for (int32_t i = 0; i < num; i += 2 * kLanes) {
       const __m512bh pairs = _mm512_cvtne2ps_pbh(load(probs + i + kLanes), load(probs + i));

@@ -16,7 +16,7 @@ from .network import DraftNetwork, Level
 _BOUNDS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 """Probabilities between two of them are not told apart when their hits are counted."""
 _KEPT = 0.99
-"""Of the times that calls took, with every step in which nobody asked."""
+"""Of the times that calls took, with every step in which one was not worth it."""
 
 
 @dataclass(frozen=True, slots=True)

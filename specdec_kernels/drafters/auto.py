@@ -270,7 +270,10 @@ class AutoDrafter(Drafter):
                     for child in self._children(row, node)
                 ]
                 nodes[b] = heapq.nlargest(adviser.width, below, key=lambda node: node.score)
-            if not any(nodes) or not self._is_worth_asking(adviser.seconds, context, nodes):
+            if not any(nodes):
+                return
+            if not self._is_worth_asking(adviser.seconds, context, nodes):
+                adviser.forget()
                 return
             level = []
             for b, row_nodes in enumerate(nodes):

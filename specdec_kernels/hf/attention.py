@@ -85,6 +85,7 @@ class Rehearsal:
     options: dict[str, Any] = field(default_factory=dict)
     """The others, as `attend_tree` names them."""
     sliding_window: int | None = None
+    """What it says of its window, for prompts; of trees `Localities` knows it."""
 
 
 Call = TreeCall | Localities | Rehearsal

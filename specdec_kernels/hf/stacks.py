@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -109,10 +110,9 @@ class Stack:
             for half, option in zip(halves, options, strict=True)
         )
         self._is_chain = False
-        # hooks that see what goes into a layer, or what comes out of the one before it
+        # hooks that see what passes between two layers
         self._between = [
-            (layer._forward_pre_hooks, before._forward_hooks)
-            for before, layer in zip([*layers[-1:], *layers], layers, strict=False)
+            (layer._forward_pre_hooks, before._forward_hooks) for before, layer in pairwise(layers)
         ]
         parts = [part for layer in layers for part in layer.modules() if part is not layer]
         self._hooks = [hooks for p in parts for hooks in (p._forward_hooks, p._forward_pre_hooks)]
@@ -184,7 +184,7 @@ class Stack:
         embeddings, *caches = shared
         cache = next(cache for cache in caches if cache is not None)
         end = first + 1
-        while end < len(self) and not any(self._between[end]):
+        while end < len(self) and not any(self._between[end - 1]):
             end += 1
         indices = self._indices[first:end]
         layers = [cache.tree_layers[i] for i in indices]
