@@ -248,6 +248,26 @@ def test_each_layer_has_its_own_options() -> None:
         assert [options["scale"] for options in layers.values()] == [0.25, scaling, 0.25]
 
 
+class _Capped(LlamaAttention):
+    """Says more to its attention than Llama's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, softcap=0.5, sliding_window=4, **kwargs)
+
+
+def test_prompts_and_trees_are_attended_as_the_layer_says() -> None:
+    model = _family("llama", torch.float32)
+    plain = _own_scores(model)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = _Capped
+        layer.self_attn.scaling = 2.0
+    wanted = _own_scores(model)
+    assert float((wanted - plain).norm()) > 0.01 * float(plain.norm())
+    with _running(model):
+        assert _replaced(model) == 3
+        assert float((_scores(model) - wanted).norm()) < 4e-6 * float(wanted.norm())
+
+
 class _InItsPlace(LlamaDecoderLayer):
     """What it computes depends on its place, or on a buffer."""
 
