@@ -195,7 +195,7 @@ void pack_rows(const PackedRows<T>& input, int32_t first, int32_t rows, float* x
     for (int32_t r = 0; r < rows; ++r) {
       const T* row = source + r * input.stride_row;
       for (int32_t i = 0; i < kElements; ++i) last[i] = f + i < input.features ? row[f + i] : T{};
-      Panels<T>::pack(last, x + int64_t{f / kElements} * rows + r);
+      Panels<T>::pack(last, kElements, x + int64_t{f / kElements} * rows + r);
     }
   }
 }

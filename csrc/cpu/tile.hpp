@@ -30,7 +30,11 @@ struct FloatQuanta {
   static Float multiply_add(Float a, Float b, Float total) {
     return SPECDEC_ISA::multiply_add(a, b, total);
   }
-  static void pack(const T* source, float* target) { *target = to_float(*source); }
+  static void pack(const T* source, int32_t num, float* target) {
+    const int32_t full = num / kLanes * kLanes;
+    for (int32_t i = 0; i < full; i += kLanes) store(target + i, load(source + i));
+    for (int32_t i = full; i < num; ++i) target[i] = to_float(source[i]);
+  }
   static void pack_probs(const float* probs, int32_t num, float* target) {
     for (int32_t i = 0; i < num; i += kLanes) store(target + i, load(probs + i));
   }
@@ -47,7 +51,11 @@ struct Bfloat16Pairs {
   static Float multiply_add(Float a, Float b, Float total) {
     return _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
-  static void pack(const T* source, float* target) { std::memcpy(target, source, sizeof *target); }
+  // Of an odd number the last, and a zero.
+  static void pack(const T* source, int32_t num, float* target) {
+    target[(num - 1) / kElements] = 0.0f;
+    std::memcpy(target, source, static_cast<size_t>(num) * sizeof(T));
+  }
   // Of an odd number of registers also what follows them, which nobody multiplies.
   static void pack_probs(const float* probs, int32_t num, float* target) {
     for (int32_t i = 0; i < num; i += 2 * kLanes) {

@@ -36,6 +36,7 @@ struct TileScratch {
   Scratch<float> keys;    // [quanta of D, kTileKeys]
   Scratch<float> values;  // [quanta of kTileKeys, columns]
   Scratch<float> states;  // [rows, columns + 2]
+  Scratch<float> lanes;   // [rows, kLanes], weights of the states before they are summed
   Scratch<float> rows;    // of keys and values, where they are not contiguous
 };
 
@@ -72,9 +73,9 @@ class TreeAttention {
   };
 
   void attend(const Item& item, TileScratch& scratch);
-  void pack_queries(const Item& item, float* target) const;
+  void pack_queries(const Item& item, T* buffer, float* target) const;
   void attend_rows(const float* q, Tile& tile, const uint64_t* seen, int32_t first_row,
-                   int32_t rows, const RowStates& states) const;
+                   int32_t rows, const RowStates& states, float* weights) const;
   float mask_logits(float* row, int32_t keys, uint64_t seen, float largest_before) const;
   void merge_splits(const Item& item, const RowStates& states) const;
   void write(const Item& item, const RowStates& states) const;
@@ -98,8 +99,10 @@ void TreeAttention<Quanta>::attend(const Item& item, TileScratch& scratch) {
                    memory + int64_t{rows} * (columns_ + 1)};
   if (item.num_splits > 1)
     states = plan_.partials.from(item.first_partial + int64_t{item.split} * rows, columns_);
-  for (int64_t i = 0; i < int64_t{rows} * columns_; ++i) states.total[i] = 0.0f;
-  for (int32_t r = 0; r < rows; ++r) states.largest[r] = -kInfinity, states.weight[r] = 0.0f;
+  float* weights = scratch.lanes.reserve(int64_t{rows} * kLanes);
+  std::memset(states.total, 0, sizeof(float) * static_cast<size_t>(rows) * columns_);
+  std::memset(weights, 0, sizeof(float) * static_cast<size_t>(rows) * kLanes);
+  for (int32_t r = 0; r < rows; ++r) states.largest[r] = -kInfinity;
 
   const HeadCache<T> k{params_.k_cache, params_.slots, item.b, item.g};
   const HeadCache<T> v{params_.v_cache, params_.slots, item.b, item.g};
@@ -113,7 +116,7 @@ void TreeAttention<Quanta>::attend(const Item& item, TileScratch& scratch) {
       {}, {}, is_packed ? keys : nullptr, is_packed ? values : nullptr, {k, v, k_buffer, v_buffer}};
   tile.next.aim(item.first_slot, item.end_slot);
   tile.next(kTileKeys);
-  pack_queries(item, q);
+  pack_queries(item, k_buffer, q);
   for (int32_t slot = item.first_slot; slot < item.end_slot; slot += kTileKeys) {
     const bool sees_all = tree.sees_all(slot);
     uint64_t seen[kMaxTileRows];
@@ -133,9 +136,10 @@ void TreeAttention<Quanta>::attend(const Item& item, TileScratch& scratch) {
     for (int32_t r = 0; r < rows; r += kMaxRows) {
       const int32_t num = rows - r < kMaxRows ? rows - r : kMaxRows;
       if (is_packed) tile.next((kTileKeys + row_blocks - 1) / row_blocks);
-      attend_rows(q, tile, sees_all ? nullptr : seen, r, num, states);
+      attend_rows(q, tile, sees_all ? nullptr : seen, r, num, states, weights);
     }
   }
+  for (int32_t r = 0; r < rows; ++r) states.weight[r] = sum(load(weights + r * kLanes));
   if (item.num_splits > 1) {
     if (item.left->fetch_sub(1, std::memory_order_acq_rel) > 1) return;
     states = plan_.partials.from(item.first_partial, columns_);
@@ -145,31 +149,32 @@ void TreeAttention<Quanta>::attend(const Item& item, TileScratch& scratch) {
 }
 
 template <class Quanta>
-void TreeAttention<Quanta>::pack_queries(const Item& item, float* target) const {
-  T last[2] = {};  // of an odd D: the element and a zero
+void TreeAttention<Quanta>::pack_queries(const Item& item, T* buffer, float* target) const {
+  const CacheView& q = params_.q;
   for (int32_t row = 0; row < item.num_nodes * group_; ++row, target += depth_) {
     const int64_t node = item.first_node + row / group_,
                   head = int64_t{item.g} * group_ + row % group_;
-    const T* q = static_cast<const T*>(params_.q.data) + item.b * params_.q.stride_c +
-                 head * params_.q.stride_g + node * params_.q.stride_s;
-    for (int32_t d = 0; d < params_.q.head_dim; d += Quanta::kElements) {
-      last[0] = q[d * params_.q.stride_d];
-      last[1] = d + 1 < params_.q.head_dim ? q[(d + 1) * params_.q.stride_d] : T{};
-      Quanta::pack(last, target + d / Quanta::kElements);
+    const T* source = static_cast<const T*>(q.data) + item.b * q.stride_c + head * q.stride_g +
+                      node * q.stride_s;
+    if (q.stride_d != 1) {
+      for (int32_t d = 0; d < q.head_dim; ++d) buffer[d] = source[d * q.stride_d];
+      source = buffer;
     }
+    Quanta::pack(source, q.head_dim, target);
   }
 }
 
 // Adds one tile of keys, up to the last that anybody sees, to the states of up to kMaxRows rows.
-// `seen`: bits of each node, or null if all see all.
+// `seen`: bits of each node, or null if all see all. `weights`: those of the states, by lanes.
 template <class Quanta>
 void TreeAttention<Quanta>::attend_rows(const float* q, Tile& tile, const uint64_t* seen,
                                         int32_t first_row, int32_t rows,
-                                        const RowStates& states) const {
+                                        const RowStates& states, float* weights) const {
   alignas(64) float logits[kMaxRows * kTileKeys];
   alignas(64) float probs[kMaxRows * kTileKeys];
-  float scales[kMaxRows];
   constexpr int32_t kProbs = kTileKeys / Quanta::kElements;  // quanta
+  constexpr int32_t kPaddedRows = round_up(kMaxRows, kLanes);
+  alignas(64) float before[kPaddedRows] = {}, bases[kPaddedRows] = {}, scales[kPaddedRows];
   uint64_t used = seen == nullptr ? ~uint64_t{0} : 0;
   for (int32_t i = first_row / group_; seen != nullptr && i <= (first_row + rows - 1) / group_; ++i)
     used |= seen[i];
@@ -185,21 +190,24 @@ void TreeAttention<Quanta>::attend_rows(const float* q, Tile& tile, const uint64
                      keys);
   }
   for (int32_t r = 0; r < rows; ++r) {
-    float* row = logits + r * keys;
     float& largest = states.largest[first_row + r];
-    float& weight = states.weight[first_row + r];
     const uint64_t bits = seen == nullptr ? ~uint64_t{0} : seen[(first_row + r) / group_];
-    const float new_largest = mask_logits(row, keys, bits, largest);
-    const float base = new_largest == -kInfinity ? 0.0f : new_largest;
-    scales[r] = largest == new_largest ? 1.0f : std::exp2(largest - base);
-    largest = new_largest;
-    Float added{};
+    before[r] = largest;
+    largest = mask_logits(logits + r * keys, keys, bits, largest);
+    bases[r] = largest == -kInfinity ? 0.0f : largest;
+  }
+  for (int32_t r = 0; r < kPaddedRows; r += kLanes)
+    store(scales + r, exp2_negative(load(before + r) - load(bases + r)));
+  for (int32_t r = 0; r < rows; ++r) {
+    float* row = logits + r * keys;
+    float* lane_weights = weights + (first_row + r) * kLanes;
+    Float weight = load(lane_weights) * scales[r];
     for (int32_t j = 0; j < keys; j += kLanes) {
-      const Float lanes = exp2_negative(load(row + j) - base);
-      added += lanes;
+      const Float lanes = exp2_negative(load(row + j) - bases[r]);
+      weight += lanes;
       store(row + j, lanes);
     }
-    weight = weight * scales[r] + sum(added);
+    store(lane_weights, weight);
     Quanta::pack_probs(row, keys, probs + r * kProbs);
   }
   const int32_t depth = keys / Quanta::kElements;

@@ -5,7 +5,7 @@
 
 namespace specdec::SPECDEC_ISA {
 
-// 2^x for x in [-126, 0], to about 2 ulp.
+// 2^x for x in [-126, 0], to about 2 ulp; 0 at -127.
 inline Float exp2_normal(Float x) {
   constexpr float kRound =
       12582912.0f +
@@ -19,8 +19,8 @@ inline Float exp2_normal(Float x) {
   return total * power;
 }
 
-// 2^x for x <= 0; 0 below -126, NaN for NaN.
-inline Float exp2_negative(Float x) { return x < -126.0f ? Float{} : exp2_normal(x); }
+// 2^x for x <= 0; 0 below -126.5, NaN for NaN.
+inline Float exp2_negative(Float x) { return exp2_normal(larger(x, splat(-127.0f))); }
 
 // tanh, to about 2 ulp: a polynomial near 0, else by exp.
 inline Float tanh(Float x) {
