@@ -169,7 +169,7 @@ def test_nothing_of_a_text_outlives_it(
     gc.disable()
     try:
         for _ in range(2):
-            decoder = SpeculativeDecoder(drafters[drafter]())
+            decoder = SpeculativeDecoder(drafters[drafter](), budget=False)
             model.generate(**inputs, max_new_tokens=12, custom_generate=decoder, do_sample=False)
             del decoder
             assert num_made and not len(made)

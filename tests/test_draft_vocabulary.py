@@ -61,7 +61,7 @@ def test_a_draft_model_with_a_vocabulary_of_its_own(tiny_model, similar, rows, t
 
     network = DraftModel(_trimmed(similar, ids), ids=torch.tensor(ids))
     inputs = left_pad(rows)
-    decoder = SpeculativeDecoder(Watched(network, TREES[tree]))
+    decoder = SpeculativeDecoder(Watched(network, TREES[tree]), budget=False)
     output = tiny_model.generate(
         **inputs, max_new_tokens=NEW, do_sample=False, custom_generate=decoder
     )

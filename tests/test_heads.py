@@ -27,7 +27,7 @@ from specdec_kernels import (
     load_heads,
 )
 from specdec_kernels.budget import Budget
-from specdec_kernels.drafters import adviser as advising
+from specdec_kernels.drafters import pace
 from specdec_kernels.drafters.adviser import Advice, Adviser
 from specdec_kernels.drafters.mlp_speculator import place
 from specdec_kernels.drafters.network import Level
@@ -182,7 +182,7 @@ def test_a_conversation_that_goes_on_from_a_cache_drafts_as_a_new_one(
         load_heads(folder),
         lambda tokens, path: formula(_features(target, tokens, layers), tokens, path),
     )
-    decoder = SpeculativeDecoder(_drafter(checked, "top-k"))
+    decoder = SpeculativeDecoder(_drafter(checked, "top-k"), budget=False)
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
     first = target.generate(**left_pad(rows), custom_generate=decoder, **options)
     cache = first["cache"] if "cache" in first else first["past_key_values"]
@@ -223,7 +223,7 @@ def test_heads_draft_only_what_their_vocabulary_holds(target, rows, saved, name:
         drafter = Spy(load_heads(saved[name][0]), tree)
         target.generate(
             **left_pad(rows), max_new_tokens=6, do_sample=True,
-            custom_generate=SpeculativeDecoder(drafter, seed=0),
+            custom_generate=SpeculativeDecoder(drafter, seed=0, budget=False),
         )  # fmt: skip
     assert len(seen) > 20 and seen <= set(ids.tolist())
 
@@ -316,14 +316,14 @@ def test_an_adviser_s_times_are_those_of_calls_with_packed_weights(
     network = load_heads(saved["speculator"][0])
     adviser = Adviser(network, 3, 2)
     ticks = iter([0.0, 10.0, 20.0, 20.5, 30.0, 30.25])  # how long the first two take, nobody asks
-    monkeypatch.setattr(advising, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     with _prefilled(target, network, rows[:2]) as context:
         adviser.begin(2)
         for _ in range(2):
-            assert adviser.start_seconds == adviser.seconds == 0.0
+            assert adviser.pace.start_seconds == adviser.pace.seconds == 0.0
             adviser.start(context)
             adviser.extend([[(5, -1)], [(6, -1)]])
-    assert (adviser.start_seconds, adviser.seconds) == (0.5, 0.25)
+    assert (adviser.pace.start_seconds, adviser.pace.seconds) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("name", ["start_seconds", "seconds"])
@@ -334,7 +334,7 @@ def test_an_adviser_that_was_slow_once_is_asked_again(
     drafter = AutoDrafter(heads=load_heads(saved["speculator"][0]))
     adviser = drafter._adviser
     assert adviser is not None
-    setattr(adviser, name, 1e6)
+    setattr(adviser.pace, name, 1e6)
     monkeypatch.setattr(adviser, "start", lambda context: [Advice({8: 0.9})])
     monkeypatch.setattr(adviser, "extend", lambda level: pytest.fail("asked"))
     budget = Budget()
@@ -348,4 +348,4 @@ def test_an_adviser_that_was_slow_once_is_asked_again(
     drafter.begin(1)
     for _ in range(3):
         drafter.propose(context)
-    assert getattr(adviser, name) == pytest.approx(1e6 * 0.99**3)
+    assert getattr(adviser.pace, name) == pytest.approx(1e6 * 0.99**3)

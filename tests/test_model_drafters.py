@@ -73,7 +73,7 @@ def test_greedy_equals_generate(tiny_model, similar, rows, name: str, tree: str)
     drafter = ModelDrafter(_network(name, similar), TREES[tree])
     for chosen in ([0, 1, 2], [1]):
         inputs = left_pad([rows[i] for i in chosen])
-        decoder = SpeculativeDecoder(drafter)
+        decoder = SpeculativeDecoder(drafter, budget=False)
         output = tiny_model.generate(
             **inputs, max_new_tokens=NEW, do_sample=False, custom_generate=decoder
         )
@@ -91,7 +91,7 @@ def test_sampled_rows_with_deterministic_trees_are_plain_sampling(
         **inputs, custom_generate=SpeculativeDecoder(None, seed=[3, 4, 5]), **options
     )
     drafter = ModelDrafter(_network(name, similar), TREES["top-k"])
-    decoder = SpeculativeDecoder(drafter, seed=[3, 4, 5])
+    decoder = SpeculativeDecoder(drafter, seed=[3, 4, 5], budget=False)
     assert tiny_model.generate(**inputs, custom_generate=decoder, **options).equal(plain)
     assert sum(decoder.stats.num_accepted) > 10
 
@@ -105,7 +105,7 @@ def test_sampled_rows_depend_on_their_seed_alone(
 
     def run(order: Sequence[int]) -> list[list[int]]:
         drafter = ModelDrafter(_network(name, similar), TREES[tree])
-        decoder = SpeculativeDecoder(drafter, seed=list(order), rule=RULES[tree])
+        decoder = SpeculativeDecoder(drafter, seed=list(order), rule=RULES[tree], budget=False)
         inputs = left_pad([rows[i] for i in order])
         output = tiny_model.generate(**inputs, custom_generate=decoder, **options)
         return _new_tokens(output, inputs)
@@ -142,7 +142,7 @@ class _Audited(DraftModel):
 
 def _audit(model: PreTrainedModel, draft: PreTrainedModel, rows: list[Tensor], tree: str) -> Any:
     network = _Audited(draft)
-    decoder = SpeculativeDecoder(ModelDrafter(network, TREES[tree]), seed=[1, 2, 3])
+    decoder = SpeculativeDecoder(ModelDrafter(network, TREES[tree]), seed=[1, 2, 3], budget=False)
     model.generate(
         **left_pad(rows), max_new_tokens=NEW, do_sample=True, temperature=0.7,
         custom_generate=decoder,
@@ -259,7 +259,7 @@ def test_a_draft_model_may_have_another_architecture(tiny_model, rows, name: str
     """Learned positions; a sliding window, in positions and not in slots."""
     draft = _other_architecture(name)
     network = _Audited(draft)
-    decoder = SpeculativeDecoder(ModelDrafter(network, TREES["top-k"]))
+    decoder = SpeculativeDecoder(ModelDrafter(network, TREES["top-k"]), budget=False)
     inputs = left_pad(rows)
     output = tiny_model.generate(
         **inputs, max_new_tokens=12, do_sample=False, custom_generate=decoder
@@ -313,7 +313,7 @@ def test_depth_and_length_limits_are_kept(tiny_model, similar, rows) -> None:
             drafter = ModelDrafter(DraftModel(similar), TREES[tree])
             output = tiny_model.generate(
                 **left_pad(rows[:1]), max_new_tokens=new, do_sample=False,
-                custom_generate=SpeculativeDecoder(drafter),
+                custom_generate=SpeculativeDecoder(drafter, budget=False),
             )  # fmt: skip
             assert output[0].tolist() == greedy(tiny_model, rows[0], new)
 
@@ -385,7 +385,7 @@ def test_a_vocabulary_that_is_only_padded_differently_is_taken(
         draft.resize_token_embeddings(size)
         network = DraftModel(draft, tokenizers=(tokenizer, tokenizer))
         for tree in ("top-k", "greedy drafts"):
-            decoder = SpeculativeDecoder(ModelDrafter(network, TREES[tree]))
+            decoder = SpeculativeDecoder(ModelDrafter(network, TREES[tree]), budget=False)
             output = tiny_model.generate(
                 **left_pad(rows[:1]), max_new_tokens=12, do_sample=False, custom_generate=decoder
             )

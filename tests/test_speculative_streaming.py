@@ -223,7 +223,9 @@ def test_rotary_embeddings_that_change_with_the_largest_position_stay_the_target
 def test_sampled_trees_draw_from_streams_from_the_first_step_on(
     model: Any, rows: list[Tensor], tmp_path: Path, tree: SampledTree
 ) -> None:
-    decoder = SpeculativeDecoder(ModelDrafter(load_heads(_saved(tmp_path)), tree), seed=3)
+    decoder = SpeculativeDecoder(
+        ModelDrafter(load_heads(_saved(tmp_path)), tree), seed=3, budget=False
+    )
     model.generate(**left_pad(rows), do_sample=True, max_new_tokens=9, custom_generate=decoder)
     assert decoder.stats is not None and not decoder.stats.num_failures
     assert sum(decoder.stats.num_drafted) > 20
@@ -237,7 +239,7 @@ def test_layers_with_other_embeddings_are_refused(
         return args, {**kwargs, "position_embeddings": [cos, sin]}
 
     hook = model.get_decoder().layers[1].register_forward_pre_hook(without, with_kwargs=True)
-    decoder = SpeculativeDecoder(ModelDrafter(load_heads(_saved(tmp_path))))
+    decoder = SpeculativeDecoder(ModelDrafter(load_heads(_saved(tmp_path))), budget=False)
     with pytest.raises(ValueError, match=r"rotary embeddings as cos and sin \[B, N, D\], got list"):
         model.generate(**left_pad(rows), max_new_tokens=4, custom_generate=decoder)
     hook.remove()
@@ -282,7 +284,7 @@ def test_a_conversation_that_goes_on_from_a_cache_has_streams_at_once(
     start = network.start
     monkeypatch.setattr(network, "start", lambda c: starts.append(start(c)) or starts[-1])
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
-    decoder = SpeculativeDecoder(ModelDrafter(network, TopKTree(5)))
+    decoder = SpeculativeDecoder(ModelDrafter(network, TopKTree(5)), budget=False)
     first = model.generate(**left_pad(rows), custom_generate=decoder, **options)
     cache = first["cache"] if "cache" in first else first["past_key_values"]
     longer = [torch.tensor([*greedy(model, row, 3), 7, 8]) for row in rows]
@@ -302,11 +304,13 @@ def test_an_error_between_the_layers_leaves_the_model_as_it_was(
     hook = last.mlp.register_forward_pre_hook(_raise_at_second())
     with pytest.raises(ArithmeticError, match="planted"):
         model.generate(
-            **left_pad(rows), max_new_tokens=6, custom_generate=SpeculativeDecoder(drafter)
+            **left_pad(rows),
+            max_new_tokens=6,
+            custom_generate=SpeculativeDecoder(drafter, budget=False),
         )
     hook.remove()
     want = greedy(model, rows[0], 6)
-    for decoder in (SpeculativeDecoder(None), SpeculativeDecoder(drafter)):
+    for decoder in (SpeculativeDecoder(None), SpeculativeDecoder(drafter, budget=False)):
         output = model.generate(
             **left_pad(rows[:1]), max_new_tokens=6, do_sample=False, custom_generate=decoder
         )
@@ -333,7 +337,7 @@ def test_another_thread_may_use_the_model_in_the_middle_of_a_step(
     here, others, num_calls = threading.get_ident(), [], 0
 
     def generate(row: Tensor, drafter: Any) -> list[int]:
-        decoder = SpeculativeDecoder(drafter)
+        decoder = SpeculativeDecoder(drafter, budget=False)
         options = {"max_new_tokens": 6, "do_sample": False, "custom_generate": decoder}
         return model.generate(**left_pad([row]), **options)[0].tolist()
 
@@ -372,7 +376,7 @@ def test_what_does_not_fit_is_named(
     folder = _saved(tmp_path, **changes)
 
     def generate() -> None:
-        decoder = SpeculativeDecoder(ModelDrafter(load_heads(folder)))
+        decoder = SpeculativeDecoder(ModelDrafter(load_heads(folder)), budget=False)
         model.generate(**left_pad(rows[:1]), max_new_tokens=4, custom_generate=decoder)
 
     with pytest.raises(ValueError, match=message):
@@ -388,7 +392,7 @@ def test_targets_that_streams_cannot_enter_are_refused(
     model: Any, rows: list[Tensor], tmp_path: Path
 ) -> None:
     drafter = ModelDrafter(load_heads(_saved(tmp_path)))
-    decoder = SpeculativeDecoder(drafter, compile="eager")
+    decoder = SpeculativeDecoder(drafter, compile="eager", budget=False)
     with pytest.raises(ValueError, match="cannot run in compiled steps"):
         model.generate(**left_pad(rows[:1]), max_new_tokens=4, custom_generate=decoder)
     torch.manual_seed(0)
@@ -399,5 +403,7 @@ def test_targets_that_streams_cannot_enter_are_refused(
     other: PreTrainedModel = GPT2LMHeadModel(config).eval()
     with pytest.raises(ValueError, match="has no decoder layers that streams could enter"):
         other.generate(
-            **left_pad(rows[:1]), max_new_tokens=4, custom_generate=SpeculativeDecoder(drafter)
+            **left_pad(rows[:1]),
+            max_new_tokens=4,
+            custom_generate=SpeculativeDecoder(drafter, budget=False),
         )

@@ -464,7 +464,9 @@ def test_muon_trains_the_matrices_of_a_bfloat16_target_s_heads_and_resumes(
 
 def _accepted(name: str, model: Any, folder: Path, prompts: Sequence[Tensor]) -> int:
     """Accepted draft tokens, after a check that the text is what the model alone writes."""
-    decoder = SpeculativeDecoder(ModelDrafter(_load(name, folder), TopKTree(8, depth=DEPTHS)))
+    decoder = SpeculativeDecoder(
+        ModelDrafter(_load(name, folder), TopKTree(8, depth=DEPTHS)), budget=False
+    )
     inputs = left_pad(list(prompts))
     output = model.generate(
         **inputs, max_new_tokens=ANSWER, do_sample=False, custom_generate=decoder

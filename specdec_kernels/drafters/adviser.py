@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from torch import Tensor
 from ..ops import topk_logprobs
 from .base import DraftContext
 from .network import DraftNetwork, Level
+from .pace import Pace
 
 _BOUNDS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 """Probabilities between two of them are not told apart when their hits are counted."""
-_KEPT = 0.99
-"""Of the times that calls took, with every step in which one was not worth it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +47,8 @@ class Adviser:
         num_tokens: candidates of a node.
 
     Attributes:
-        start_seconds, seconds: what a call of `start` and of `extend` take of late.
+        pace: what its calls take.
     """
-
-    start_seconds = seconds = 0.0
 
     def __init__(self, network: DraftNetwork, depth: int, width: int, num_tokens: int = 8) -> None:
         if min(depth, width, num_tokens) < 1:
@@ -69,7 +65,7 @@ class Adviser:
         self.depth = min(depth, network.max_depth or depth)
         self.width = width
         self._num_tokens = num_tokens
-        self._num_starts = 0
+        self.pace = Pace()
 
     def begin(self, batch: int) -> None:
         """See `Drafter`."""
@@ -79,33 +75,14 @@ class Adviser:
 
     def start(self, context: DraftContext) -> list[Advice]:
         """Of the root of each row."""
-        begun = time.perf_counter()
-        self._num_starts += 1
         self._vocab_size = context.vocab_size
-        advice = [row[0] for row in self._advice(self.network.start(context)[:, None])]
-        if self._is_warm:
-            self.start_seconds = _of_late(self.start_seconds, time.perf_counter() - begun)
-        return advice
+        with self.pace.of_start():
+            return [row[0] for row in self._advice(self.network.start(context)[:, None])]
 
     def extend(self, level: Level) -> list[list[Advice]]:
         """Of the next nodes of each row, as in `DraftNetwork.extend`; padding has some, too."""
-        begun = time.perf_counter()
-        advice = self._advice(self.network.extend(level))
-        if self._is_warm:
-            self.seconds = _of_late(self.seconds, time.perf_counter() - begun)
-        return advice
-
-    def forget(self) -> None:
-        """A little of how long calls took: asked too seldom, it would never learn that they take
-        less now.
-        """
-        self.start_seconds *= _KEPT
-        self.seconds *= _KEPT
-
-    @property
-    def _is_warm(self) -> bool:
-        """Whether all weights have been used: the first time they are packed."""
-        return self._num_starts > 1
+        with self.pace.of_level():
+            return self._advice(self.network.extend(level))
 
     def _advice(self, logits: Tensor) -> list[list[Advice]]:
         logits = logits[..., : self._vocab_size]
@@ -123,8 +100,3 @@ class Adviser:
 
     _vocab_size: int
     _offsets: list[int] | None
-
-
-def _of_late(before: float, now: float) -> float:
-    """The least of a slowly growing bound: other processes only ever make a call longer."""
-    return now if before == 0 else min(now, before * 1.05)

@@ -186,28 +186,18 @@ class AutoDrafter(Drafter):
             last = tuple(sequence[-self.orders[0] :])
             roots.append(_Node(sequence[-1], last) if active else None)
         deepest = [min(most, self.max_depth) for most in context.max_depths]
-        running = [b for b, on in enumerate(context.active) if on]
-        finished = len(roots) - len(running)
-        self._least = self.min_probability
-        if context.budget is not None:
-            useful = context.budget.least_score(len(running), finished=finished, pads=context.pads)
-            self._least = max(self._least, useful)
+        self._least = max(self.min_probability, context.least_score())
         if self._adviser is not None:
             self._ask(self._adviser, context, roots, deepest)
         trees = [
             ([], [], []) if root is None else self._grow(row, root, most)
             for row, root, most in zip(self._rows, roots, deepest, strict=True)
         ]
-        sizes = [self.max_nodes] * len(running)
-        if context.budget is not None:
-            sizes = context.budget.choose(
-                [trees[b][2] for b in running], finished=finished, pads=context.pads
-            )
-        rows: list[tuple[list[int], list[int]]] = [([], []) for _ in trees]
-        for b, size in zip(running, sizes, strict=True):
-            tokens, parents, _ = trees[b]
-            root = context.sequences[b][-1]
-            rows[b] = ([root, *tokens[: size - 1]], [PAD, *parents[: size - 1]])
+        rows: list[tuple[list[int], list[int]]] = []
+        sizes = context.sizes([scores for _, _, scores in trees])
+        for sequence, tree, size in zip(context.sequences, trees, sizes, strict=True):
+            tokens, parents, _ = tree
+            rows.append(([sequence[-1], *tokens][:size], [PAD, *parents][:size]))
         return Proposal.onehot(rows, context.device)
 
     def observe(self, verified: Verified) -> None:
@@ -254,8 +244,8 @@ class AutoDrafter(Drafter):
     ) -> None:
         """Have the adviser judge the root of each row, then the likeliest nodes of each level."""
         nodes = [[root] if root is not None else [] for root in roots]
-        if not self._is_worth_asking(adviser.start_seconds, context, nodes):
-            adviser.forget()
+        if not self._is_worth_asking(adviser.pace.start_seconds, context, nodes):
+            adviser.pace.forget()
             return
         for root, advice in zip(roots, adviser.start(context), strict=True):
             if root is not None:
@@ -272,8 +262,8 @@ class AutoDrafter(Drafter):
                 nodes[b] = heapq.nlargest(adviser.width, below, key=lambda node: node.score)
             if not any(nodes):
                 return
-            if not self._is_worth_asking(adviser.seconds, context, nodes):
-                adviser.forget()
+            if not self._is_worth_asking(adviser.pace.seconds, context, nodes):
+                adviser.pace.forget()
                 return
             level = []
             for b, row_nodes in enumerate(nodes):

@@ -45,6 +45,34 @@ class DraftContext:
     budget: Budget | None = None
     pads: bool = True
 
+    def least_score(self) -> float:
+        """Probability of acceptance below which no draft node is worth its place; 0 without a
+        budget.
+        """
+        if self.budget is None:
+            return 0.0
+        running = sum(self.active)
+        finished = len(self.active) - running
+        return self.budget.least_score(running, finished=finished, pads=self.pads)
+
+    def sizes(self, scores: Sequence[Sequence[float]]) -> list[int]:
+        """Nodes of each row's tree, root included, by the budget: all that there are without one,
+        and 0 in a finished row.
+
+        Args:
+            scores: for each row, the probability of acceptance of its draft nodes, sorted so that
+                every prefix is a tree.
+        """
+        sizes = [1 + len(row) if on else 0 for row, on in zip(scores, self.active, strict=True)]
+        if self.budget is not None:
+            running = [b for b, active in enumerate(self.active) if active]
+            chosen = self.budget.choose(
+                [scores[b] for b in running], finished=len(scores) - len(running), pads=self.pads
+            )
+            for b, size in zip(running, chosen, strict=True):
+                sizes[b] = size
+        return sizes
+
     def builder(self, offsets: Tensor | None = None) -> ProposalBuilder:
         """A new builder, whose draws use the target's seeds, temperature and filters.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ..shapes import PAD
 from ..tree import Proposal
 from .base import DraftContext, Drafter
 from .network import DraftNetwork, TargetView
+from .pace import Pace
 
 
 class TreePlan(ABC):
@@ -27,10 +29,12 @@ class TreePlan(ABC):
     Attributes:
         max_nodes: most nodes of a tree, root included.
         num_slots: most nodes that the network computes in a step.
+        wants_budget: see `Drafter`.
     """
 
     max_nodes: int
     num_slots: int
+    wants_budget = False
 
     @abstractmethod
     def draft(self, network: DraftNetwork, context: DraftContext) -> Proposal:
@@ -49,6 +53,7 @@ class ModelDrafter(Drafter):
         self.network = network
         self.tree = TopKTree() if tree is None else tree
         self.max_nodes = self.tree.max_nodes
+        self.wants_budget = self.tree.wants_budget
         self.num_parameters = network.num_parameters
         if network.uses_target_slots:
             self.max_nodes = max(self.max_nodes, self.tree.num_slots + 1)
@@ -167,12 +172,14 @@ class TopKTree(TreePlan):
     """The likeliest paths, deterministic: beams of top-k tokens, reranked to one tree.
 
     Drafts are one-hot, so that the default rule walks: sampled rows stay what plain sampling with
-    their seed gives.
+    their seed gives. With a budget a level is drafted while it may bring more than the time that it
+    takes, and the tree keeps the nodes that are worth a place in the pass.
 
     Args:
         max_nodes: nodes of each tree, root included.
         depth: deepest node.
-        width: beams of a level, and children tried of each.
+        width: beams of a level, and children tried of each; None is a quarter of the nodes, but at
+            least 4 and at most 10.
 
     Raises:
         ValueError: an argument below 1.
@@ -180,7 +187,11 @@ class TopKTree(TreePlan):
     Source: EAGLE-2, 2406.16858, sections 4.1 and 4.2.
     """
 
-    def __init__(self, max_nodes: int = 16, *, depth: int = 5, width: int = 4) -> None:
+    wants_budget = True
+
+    def __init__(self, max_nodes: int = 16, *, depth: int = 7, width: int | None = None) -> None:
+        if width is None:
+            width = min(max(4, max_nodes // 4), 10)
         if min(max_nodes, depth, width) < 1:
             raise ValueError(
                 "TopKTree: max_nodes, depth and width must be >= 1, "
@@ -190,6 +201,7 @@ class TopKTree(TreePlan):
         self.depth = depth
         self.width = width
         self.num_slots = width * (depth - 1)
+        self._pace = Pace()
 
     def __str__(self) -> str:
         return f"top-{self.width}, depth {self.depth}, {self.max_nodes} nodes"
@@ -203,13 +215,20 @@ class TopKTree(TreePlan):
         depth = min(self.depth, network.max_depth or self.depth, max(depths))
         beams = _Beams(depths, max(depth, 1), self.width, self.max_nodes)
         if depth > 0 and self.max_nodes > 1:
-            beams.open_root(network.start(context)[:, : context.vocab_size], network.offsets)
+            with self._pace.of_start():
+                logits = network.start(context)[:, : context.vocab_size]
+                beams.open_root(logits, network.offsets)
+            least = context.least_score()
             for _ in range(1, depth):
-                level = beams.level()
+                level = beams.level(least)
                 if not any(level):
                     break
-                beams.open(network.extend(level)[:, :, : context.vocab_size], network.offsets)
-        tokens, parents, sizes, _ = build_tree(
+                if context.budget and not context.budget.pays(beams.promised, self._pace.seconds):
+                    self._pace.forget()
+                    break
+                with self._pace.of_level():
+                    beams.open(network.extend(level)[:, :, : context.vocab_size], network.offsets)
+        tokens, parents, sizes, scores = build_tree(
             torch.tensor([sequence[-1] for sequence in context.sequences]),
             beams.candidates,
             beams.logprobs,
@@ -217,7 +236,11 @@ class TopKTree(TreePlan):
             beams.parents,
             max_nodes=self.max_nodes,
         )
-        rows = zip(tokens.tolist(), parents.tolist(), sizes.tolist(), strict=True)
+        probabilities = scores.exp().tolist()
+        kept = context.sizes(
+            [row[1:size] for row, size in zip(probabilities, sizes.tolist(), strict=True)]
+        )
+        rows = zip(tokens.tolist(), parents.tolist(), kept, strict=True)
         return Proposal.onehot([(t[:size], p[:size]) for t, p, size in rows], context.device)
 
 
@@ -225,6 +248,10 @@ class _Beams:
     """Candidates of `build_tree` on the host, and the beams among them that go on.
 
     A level has one candidate for each beam of the level before and each of its top-k tokens.
+
+    Attributes:
+        promised: accepted tokens of the level that was chosen last: the probability of its beams,
+            of which their candidates keep as much as those of the level before did.
     """
 
     def __init__(self, depths: Sequence[int], depth: int, width: int, max_nodes: int) -> None:
@@ -240,6 +267,8 @@ class _Beams:
         self._num_computed = [0] * len(depths)
         self._beams: list[list[int]] = []  # candidates of the last level that go on
         self._numbers: list[dict[int, int]] = [{} for _ in depths]  # of the beams
+        self._reached = float(sum(most > 0 for most in depths))  # probability of all beams
+        self.promised = 0.0
 
     def open_root(self, logits: Tensor, offsets: Tensor | None) -> None:
         """The first level, from logits [B, U]."""
@@ -268,12 +297,17 @@ class _Beams:
                 self._scores[b, level, here] = logprobs[b, column] + above
         self._num_levels += 1
 
-    def level(self) -> list[list[tuple[int, int]]]:
-        """The best candidates of the last level whose children could be among the best nodes."""
+    def level(self, least: float = 0.0) -> list[list[tuple[int, int]]]:
+        """The best candidates of the last level whose children could be among the best nodes, and
+        likelier than `least`.
+        """
         last = self._num_levels - 1
         wanted = min(self._max_nodes - 1, self._scores[0].numel())
         floors = self._scores.flatten(1).topk(wanted, 1).values[:, -1]
         best = self._scores[:, last].topk(self._width, 1)
+        floors = floors.clamp(min=math.log(least)) if least > 0 else floors
+        share = float(self._scores[:, last].exp().sum()) / self._reached
+        self._reached = 0.0
         rows = []
         self._beams, before = [], self._numbers
         self._numbers = [{} for _ in before]
@@ -282,6 +316,7 @@ class _Beams:
             is_open = (scores > floors[b]).tolist() if last + 1 < self._depths[b] else []
             chosen = [beam for beam, goes_on in zip(beams, is_open, strict=False) if goes_on]
             self._beams.append(chosen)
+            self._reached += float(scores[: len(chosen)].exp().sum())
             row: list[tuple[int, int]] = []
             for beam in chosen:
                 self._numbers[b][beam] = self._num_computed[b] + len(row)
@@ -290,4 +325,5 @@ class _Beams:
                 row.append((int(self.candidates[b, last, beam]), number))
             self._num_computed[b] += len(row)
             rows.append(row)
+        self.promised = share * self._reached
         return rows
