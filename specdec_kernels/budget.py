@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ as many, ..., up to so many."""
 _OLDER, _FORGOTTEN = 0.8, 0.02
 """Weight of older comparisons beside the last one, and the share that is forgotten with every pass
 where no draft was worth it."""
+_FAR = 2**20
+"""More tokens than a pass has."""
 _PRIOR = 0.3
 """Passes over one token that the curve's own word counts for in these comparisons."""
 _NOTICED, _STEEPEST = 1.25, 4.0
@@ -86,6 +88,7 @@ class Budget:
 
     def __init__(self, cost: CostCurve = CONSERVATIVE) -> None:
         self.cost = cost
+        self._costs: dict[int, float] = {}  # of the curve, by tokens
         self._trust = 1.0  # accepted / promised draft tokens of late
         self._promised = self._accepted = 4.0
         self._draft_cost = 0.0  # in the unit of the curve
@@ -137,13 +140,14 @@ class Budget:
             steps = [[node] for node in sorted(nodes, key=lambda node: -node[1])]
         rows = max(1, len(scores) + finished if pads else len(scores))
         tokens = float(max(1, len(scores)))
-        plain = best = tokens / self.cost(rows)
+        seconds = self._with_drafts(rows)
+        plain = best = tokens / seconds(rows)
         plain *= 1 + _MARGIN
         num_steps = 0
         for i, step in enumerate(steps, 1):
             tokens += self._trust * sum(score for _, score in step)
             computed = rows * (i + 1) if pads else rows + i
-            rate = tokens / (self._with_drafts(computed, rows) + self._draft_cost)
+            rate = tokens / (seconds(computed) + self._draft_cost)
             if rate > max(best, plain):
                 best, num_steps = rate, i
         self._rate = max(best, plain)
@@ -171,14 +175,33 @@ class Budget:
         if pads and running + finished > 1:
             return 0.0  # others decide whether a level is worth it
         rows = max(1, running)
+        seconds = self._with_drafts(rows)
         least = math.inf
         for tokens in (rows, *(n for n in self.cost.nodes if n > rows)):
-            before = self._with_drafts(tokens, rows)
-            step = self._with_drafts(tokens + 1, rows) - before
+            before = seconds(tokens)
+            step = seconds(tokens + 1) - before
             rest = before + self._draft_cost - (tokens - rows) * step
             if rest > 0:  # otherwise no node is worth it
                 least = min(least, rows * step / rest)
         return max(0.0, least / self._trust)
+
+    def is_full(self) -> Callable[[int, float, float], bool]:
+        """For the only row of a batch: whether a tree of so many nodes, root included, whose drafts
+        have scores of this sum, would not be chosen with more of at most this score.
+
+        Between two points of the curve the rate of more nodes rises or falls all the way.
+        """
+        seconds, spent, trust = self._with_drafts(1), self._draft_cost, self._trust
+        points = [(n, seconds(n) + spent) for n in (*self.cost.nodes, _FAR)]
+
+        def is_full(nodes: int, promised: float, score: float) -> bool:
+            tokens, more = 1.0 + trust * promised, trust * score
+            rate = tokens / (seconds(nodes) + spent)
+            if tokens + more > rate * (seconds(nodes + 1) + spent):
+                return False
+            return all(tokens + more * (n - nodes) <= rate * t for n, t in points if n > nodes)
+
+        return is_full
 
     def pays(self, tokens: float, seconds: float) -> bool:
         """Whether so many more accepted tokens are worth so much more draft time, at the speed that
@@ -217,13 +240,19 @@ class Budget:
             self._trust = min(1.25, max(0.1, (self._accepted + 0.2) / (self._promised + 0.2)))
         elif computed > plain:
             self._gain = _MEMORY * self._gain + (1 - _MEMORY) * num_accepted / running
-            rate = (1.0 + self._gain) / (self._with_drafts(computed, plain) + self._draft_cost)
+            rate = (1.0 + self._gain) / (self._with_drafts(plain)(computed) + self._draft_cost)
             self._note_idle(rate < (1.0 + _MARGIN) / self.cost(plain))
 
-    def _with_drafts(self, computed: int, plain: int) -> float:
-        """T of so many tokens, `plain` of them no drafts: the curve, as steep as it was found."""
-        without = self.cost(plain)
-        return without + self._steepness * (self.cost(computed) - without)
+    def _with_drafts(self, plain: int) -> Callable[[int], float]:
+        """T, where `plain` tokens are no drafts: the curve, as steep as it was found."""
+        without, steepness = self._cost(plain), self._steepness
+        return lambda computed: without + steepness * (self._cost(computed) - without)
+
+    def _cost(self, tokens: int) -> float:
+        known = self._costs.get(tokens)
+        if known is None:
+            known = self._costs[tokens] = self.cost(tokens)
+        return known
 
     @property
     def _steepness(self) -> float:

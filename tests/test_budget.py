@@ -68,12 +68,12 @@ def test_without_padding_the_likeliest_nodes_of_all_rows_come_first() -> None:
     assert Budget(cost).choose([alone], pads=False) == Budget(cost).choose([alone])
 
 
-def test_no_node_below_the_least_score_is_chosen() -> None:
+def test_no_node_below_the_least_score_or_of_a_full_tree_is_chosen() -> None:
     """Whatever the curve, what drafting and drafts cost, and how far promises are trusted."""
     random = Random(0)
-    dropped = 0
+    dropped = unread = 0
     for _ in range(400):
-        points = sorted(random.sample(range(2, 40), 3))
+        points = sorted(random.sample(range(2, random.choice([8, 40])), 3))
         seconds = [random.uniform(0.5, 2.0)]
         for a, b in itertools.pairwise((1, *points)):
             seconds.append(seconds[-1] + (b - a) * random.choice([0.0, 0.01, 0.05, 0.2, 1.0]))
@@ -96,7 +96,13 @@ def test_no_node_below_the_least_score_is_chosen() -> None:
         some = [[score for score in row if score >= least] for row in rows]
         dropped += sum(map(len, rows)) - sum(map(len, some))
         assert budget().choose(rows, pads=False) == budget().choose(some, pads=False)
-    assert dropped > 500
+        if batch == 1:
+            is_full, row, size = budget().is_full(), rows[0], 0
+            while size < len(row) and not is_full(1 + size, sum(row[:size]), row[size]):
+                size += 1
+            unread += len(row) - size
+            assert budget().choose(rows) == budget().choose([row[:size]])
+    assert dropped > 500 and unread > 400
     assert Budget(FLAT).least_score(1) == Budget(STEEP).least_score(8) == 0
     assert Budget(STEEP).least_score(1, finished=1) == 0 < Budget(STEEP).least_score(1)
     assert Budget(STEEP).least_score(8, pads=False) == pytest.approx(1.0)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from specdec_kernels import (
     AutoDrafter,
     Budget,
+    CostCurve,
     DraftContext,
     Drafter,
     DraftNetwork,
@@ -24,6 +25,7 @@ from specdec_kernels import (
     SuccessorTable,
     TokenRecyclingDrafter,
 )
+from specdec_kernels.budget import CONSERVATIVE
 from specdec_kernels.decoding import decode
 from specdec_kernels.drafters import DRAFTERS, make_drafter
 from specdec_kernels.drafters.adviser import Advice, level_of
@@ -313,26 +315,36 @@ class Stingy(Generous):
         return self.num_paid >= 0
 
 
-class Thorough(Budget):
+class Patient(Budget):
+    """Looks on when the tree has all that is worth it."""
+
+    def is_full(self) -> Any:
+        return lambda nodes, promised, score: False
+
+
+class Thorough(Patient):
     """Looks at every node."""
 
     def least_score(self, running: int, **options: Any) -> float:
         return 0.0
 
 
-def test_nodes_that_cannot_be_worth_it_are_not_looked_at() -> None:
+@pytest.mark.parametrize("curve", [CONSERVATIVE, CostCurve((1, 64), (1.0, 1.5))])
+def test_nodes_that_cannot_be_worth_it_are_not_looked_at(curve: CostCurve) -> None:
     """The tree is the same."""
     text = [i * i % 23 for i in range(80)]
     trees, looked_at = [], []
-    for kind in (Budget, Thorough):
+    for kind in (Budget, Patient, Thorough):
         drafter = AutoDrafter(32, heads=None)
         drafter.begin(1)
         trees.append([])
         for end in range(10, len(text), 7):
-            trees[-1].append(drafter.propose(_context(text[:end], 20, kind())).tree.tokens.tolist())
+            budget = kind(curve)
+            budget._draft_cost = 0.1
+            trees[-1].append(drafter.propose(_context(text[:end], 20, budget)).tree.tokens.tolist())
         looked_at.append(len(drafter.rates))
-    assert trees[0] == trees[1] and max(len(tree[0]) for tree in trees[0]) > 3
-    assert looked_at[0] < looked_at[1]
+    assert trees[0] == trees[1] == trees[2] and max(len(tree[0]) for tree in trees[0]) > 3
+    assert looked_at[0] < looked_at[2] and looked_at[0] <= looked_at[1] <= looked_at[2]
 
 
 def test_a_second_guess_is_found_while_it_may_be_worth_it() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,8 +189,9 @@ class AutoDrafter(Drafter):
         self._least = max(self.min_probability, context.least_score())
         if self._adviser is not None:
             self._ask(self._adviser, context, roots, deepest)
+        is_full = context.is_full()
         trees = [
-            ([], [], []) if root is None else self._grow(row, root, most)
+            ([], [], []) if root is None else self._grow(row, root, most, is_full)
             for row, root, most in zip(self._rows, roots, deepest, strict=True)
         ]
         rows: list[tuple[list[int], list[int]]] = []
@@ -284,15 +285,21 @@ class AutoDrafter(Drafter):
         return context.budget.pays(_ADVANTAGE * reached, seconds)
 
     def _grow(
-        self, row: _Row, root: _Node, deepest: int
+        self,
+        row: _Row,
+        root: _Node,
+        deepest: int,
+        is_full: Callable[[int, float, float], bool] | None,
     ) -> tuple[list[int], list[int], list[float]]:
-        """Tokens, parents and path probabilities of the draft nodes, the likeliest first."""
+        """Tokens, parents and path probabilities of the draft nodes, the likeliest first, up to the
+        last that the budget could choose.
+        """
         tokens: list[int] = []
         parents: list[int] = []
         scores: list[float] = []
         heap: list[tuple[float, int, int, _Node]] = []  # (-score, order of arrival, parent, node)
         arrivals = 0
-        node, place = root, 0
+        node, place, promised = root, 0, 0.0
         while True:
             if node.depth < deepest:
                 for child in self._children(row, node):
@@ -303,6 +310,9 @@ class AutoDrafter(Drafter):
             if not heap or len(tokens) >= self.max_nodes - 1:
                 return tokens, parents, scores
             _, _, parent, node = heapq.heappop(heap)
+            if is_full is not None and is_full(1 + len(tokens), promised, node.score):
+                return tokens, parents, scores
+            promised += node.score
             tokens.append(node.token)
             parents.append(parent)
             scores.append(node.score)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -54,6 +54,10 @@ class DraftContext:
         running = sum(self.active)
         finished = len(self.active) - running
         return self.budget.least_score(running, finished=finished, pads=self.pads)
+
+    def is_full(self) -> Callable[[int, float, float], bool] | None:
+        """See `Budget`; None without one, and where rows share it."""
+        return None if self.budget is None or len(self.active) > 1 else self.budget.is_full()
 
     def sizes(self, scores: Sequence[Sequence[float]]) -> list[int]:
         """Nodes of each row's tree, root included, by the budget: all that there are without one,
