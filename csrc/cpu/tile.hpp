@@ -38,8 +38,10 @@ struct FloatQuanta {
   static void pack_probs(const float* probs, int32_t num, float* target) {
     for (int32_t i = 0; i < num; i += kLanes) store(target + i, load(probs + i));
   }
-  // Quanta of value rows: here one row each.
-  static Float load_values(const T* row, const T*) { return load(row); }
+  // Register v of the quanta of value rows, here one row each.
+  static Float load_values(const T* row, const T*, int v) { return load(row + v * kLanes); }
+  // Sums of such quanta, [columns], in the order of the value's dims.
+  static void put_in_order(float*, int32_t) {}
 };
 
 #if defined(__AVX512BF16__)
@@ -63,14 +65,22 @@ struct Bfloat16Pairs {
       store(target + i / 2, reinterpret_cast<Float>(pairs));
     }
   }
-  // Quanta of value rows: element e of two keys side by side.
-  static Float load_values(const T* even, const T* odd) {
-    Short low, high;
-    std::memcpy(&low, even, sizeof low);
-    std::memcpy(&high, odd, sizeof high);
-    const Uint pairs = __builtin_convertvector(low, Uint) | __builtin_convertvector(high, Uint)
-                                                                << 16;
-    return reinterpret_cast<Float>(pairs);
+  // Register v of the quanta of value rows: elements of two keys side by side. Each two registers
+  // interleave four elements of the one and four of the other, as instructions do it.
+  static Float load_values(const T* even, const T* odd, int v) {
+    const int32_t first = v / 2 * 2 * kLanes;
+    const __m512i low = _mm512_loadu_si512(even + first), high = _mm512_loadu_si512(odd + first);
+    return reinterpret_cast<Float>(v % 2 == 0 ? _mm512_unpacklo_epi16(low, high)
+                                              : _mm512_unpackhi_epi16(low, high));
+  }
+  static void put_in_order(float* sums, int32_t columns) {
+    for (int32_t i = 0; i < columns; i += 2 * kLanes) {
+      const Float a = load(sums + i), b = load(sums + i + kLanes);
+      store(sums + i, __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21,
+                                              22, 23));
+      store(sums + i + kLanes, __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13,
+                                                       14, 15, 28, 29, 30, 31));
+    }
   }
 };
 #endif
@@ -84,8 +94,8 @@ struct PackedColumns {
   const float* data;
   int64_t stride;
 
-  Float load(int32_t quantum, int32_t column) const {
-    return SPECDEC_ISA::load(data + quantum * stride + column);
+  Float load(int32_t quantum, int32_t column, int v) const {
+    return SPECDEC_ISA::load(data + quantum * stride + column + v * kLanes);
   }
 };
 
@@ -94,9 +104,9 @@ template <class Quanta>
 struct ValueColumns {
   const TileRows<typename Quanta::T>& rows;
 
-  Float load(int32_t quantum, int32_t column) const {
+  Float load(int32_t quantum, int32_t column, int v) const {
     const int32_t row = quantum * Quanta::kElements;
-    return Quanta::load_values(rows[row] + column, rows[row + Quanta::kElements - 1] + column);
+    return Quanta::load_values(rows[row] + column, rows[row + Quanta::kElements - 1] + column, v);
   }
 };
 
@@ -115,7 +125,7 @@ void multiply_block(const float* a, int64_t stride_a, const Columns& b, int32_t 
   }
   for (int32_t k = first; k < first + depth; ++k) {
     Float columns[kVectors];
-    for (int v = 0; v < kVectors; ++v) columns[v] = b.load(k, column + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) columns[v] = b.load(k, column, v);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Float row = splat(a[r * stride_a + k]);
@@ -190,9 +200,9 @@ void multiply_keys(const float* q, int64_t stride_q, const TileRows<typename Qua
 #pragma GCC unroll 8
         for (int v = 0; v < kMaxVectors; ++v) products[r][key + v] = sums[r][v];
       }
+      after_keys(kMaxVectors);
     }
     for (int r = 0; r < kRows; ++r) store(logits + r * num_keys + first, sum_each(products[r]));
-    after_keys(kLanes);
   }
 }
 
@@ -241,16 +251,20 @@ void pack_keys(const TileRows<typename Quanta::T>& keys, int32_t dim, float* tar
 template <class Quanta>
 void pack_values(const TileRows<typename Quanta::T>& values, int32_t dim, int32_t columns,
                  float* target) {
-  typename Quanta::T buffers[2][kLanes];
-  const int32_t full = dim / kLanes * kLanes;
+  constexpr int32_t kWidth = kLanes * Quanta::kElements;
+  typename Quanta::T buffers[2][kWidth];
+  const int32_t full = dim / kWidth * kWidth;
   for (int32_t key = 0; key < kTileKeys; key += Quanta::kElements, target += columns) {
     const auto* even = values[key];
     const auto* odd = values[key + Quanta::kElements - 1];
-    for (int32_t e = 0; e < full; e += kLanes)
-      store(target + e, Quanta::load_values(even + e, odd + e));
-    if (full == dim) continue;
-    store(target + full, Quanta::load_values(padded(even + full, dim - full, buffers[0]),
-                                             padded(odd + full, dim - full, buffers[1])));
+    for (int32_t e = 0; e < columns; e += kWidth) {
+      if (e == full) {
+        even = padded(even + e, dim - e, buffers[0]) - e;
+        odd = padded(odd + e, dim - e, buffers[1]) - e;
+      }
+      for (int v = 0; v < Quanta::kElements; ++v)
+        store(target + e + v * kLanes, Quanta::load_values(even + e, odd + e, v));
+    }
   }
 }
 

@@ -51,7 +51,7 @@ class TreeAttention {
         plan_(plan),
         group_(query_group(params)),
         depth_(round_up(params.q.head_dim, Quanta::kElements) / Quanta::kElements),
-        columns_(round_up(params.v_cache.head_dim, kLanes)) {}
+        columns_(round_up(params.v_cache.head_dim, kLanes * Quanta::kElements)) {}
 
   void run() {
     make_plan(params_, columns_, plan_);
@@ -108,8 +108,9 @@ void TreeAttention<Quanta>::attend(const Item& item, TileScratch& scratch) {
   const HeadCache<T> v{params_.v_cache, params_.slots, item.b, item.g};
   T* k_buffer = reinterpret_cast<T*>(scratch.rows.reserve(k.buffer_size() + v.buffer_size()));
   T* v_buffer = k_buffer + k.buffer_size();
-  const bool fills_registers = params_.q.head_dim % (kLanes * Quanta::kElements) == 0 &&
-                               params_.v_cache.head_dim % kLanes == 0;
+  constexpr int32_t kWidth = kLanes * Quanta::kElements;
+  const bool fills_registers =
+      params_.q.head_dim % kWidth == 0 && params_.v_cache.head_dim % kWidth == 0;
   const bool is_packed = rows > kFewRows<Quanta> || !fills_registers;
   const int32_t row_blocks = (rows + kMaxRows - 1) / kMaxRows;
   Tile tile{
@@ -276,7 +277,8 @@ void TreeAttention<Quanta>::write(const Item& item, const RowStates& states) con
       largest = top;
     }
     factor = weight == 0.0f ? 0.0f : factor / weight;
-    const float* total = states.total + int64_t{r} * columns_;
+    float* total = states.total + int64_t{r} * columns_;
+    Quanta::put_in_order(total, columns_);
     T* out = static_cast<T*>(params_.out) +
              ((int64_t{item.b} * params_.nodes + node) * params_.q.heads + head) *
                  params_.v_cache.head_dim;
