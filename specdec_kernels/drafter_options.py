@@ -39,8 +39,11 @@ Tree = Annotated[
         help='Of drafters with a network: "top-k", or children by depth, sampled: 4-2-1-1.'
     ),
 ]
-Depth = Annotated[int | None, typer.Option(min=1, help="Deepest node of a top-k tree; 5.")]
-Width = Annotated[int | None, typer.Option(min=1, help="Beams of a top-k tree; 4.")]
+Depth = Annotated[int | None, typer.Option(min=1, help="Deepest node of a top-k tree; 7.")]
+Width = Annotated[
+    int | None,
+    typer.Option(min=1, help="Beams of a top-k tree; a quarter of its nodes, from 4 to 10."),
+]
 Siblings = Annotated[
     Literal["distinct", "independent", "greedy"],
     typer.Option(help="Sampled trees: drawn without or with replacement, or one drawn beside top."),

@@ -55,7 +55,7 @@ struct Bfloat16Pairs {
   }
   // Of an odd number the last, and a zero.
   static void pack(const T* source, int32_t num, float* target) {
-    target[(num - 1) / kElements] = 0.0f;
+    if (num % kElements != 0) target[num / kElements] = 0.0f;
     std::memcpy(target, source, static_cast<size_t>(num) * sizeof(T));
   }
   // Of an odd number of registers also what follows them, which nobody multiplies.
@@ -257,13 +257,13 @@ void pack_values(const TileRows<typename Quanta::T>& values, int32_t dim, int32_
   for (int32_t key = 0; key < kTileKeys; key += Quanta::kElements, target += columns) {
     const auto* even = values[key];
     const auto* odd = values[key + Quanta::kElements - 1];
-    for (int32_t e = 0; e < columns; e += kWidth) {
+    for (int32_t e = 0; e < columns; e += kWidth, even += kWidth, odd += kWidth) {
       if (e == full) {
-        even = padded(even + e, dim - e, buffers[0]) - e;
-        odd = padded(odd + e, dim - e, buffers[1]) - e;
+        even = padded(even, dim - e, buffers[0]);
+        odd = padded(odd, dim - e, buffers[1]);
       }
       for (int v = 0; v < Quanta::kElements; ++v)
-        store(target + e + v * kLanes, Quanta::load_values(even + e, odd + e, v));
+        store(target + e + v * kLanes, Quanta::load_values(even, odd, v));
     }
   }
 }
