@@ -316,8 +316,12 @@ def test_the_witness_of_the_drawn_step_hands_every_call_on() -> None:
         assert witness.propose(None) == "its proposal"
         for path in ([0, 2], [0, 1, 3], [0]):
             witness.observe(Verified(tree, torch.zeros(1, 6, 9), [path], [[4]]))
+        for size in (9, 20):  # a chain, and what no picture has room for
+            parents = [-1, 0, 0, 0, *range(3, size - 1)] if size == 20 else [*range(-1, size - 1)]
+            large = TokenTree.from_rows([([4] * size, parents)])
+            witness.observe(Verified(large, torch.zeros(1, size, 9), [[0, 3, 4, 5, 6]], [[4]]))
         witness.end([[4]], [1])
-    assert calls == ["attach", "begin", "propose", "observe", "observe", "observe", "end"]
+    assert calls == ["attach", "begin", "propose", *["observe"] * 5, "end"]
     assert witness.example(str) == {
         "tokens": ["[4]", "[5]", "[6]", "[7]", "[8]", "[9]"],
         "parents": [-1, 0, 0, 1, 1, 2],

@@ -9,8 +9,10 @@ from typing import Any
 from ..drafters.base import DraftContext, Drafter, Verified
 from ..tree import Proposal
 
-_FEWEST_REJECTED = 2
-"""Nodes, of an interesting tree."""
+_FEWEST_REJECTED, _FEWEST_SIBLINGS, _MOST_DRAWN = 2, 2, 16
+"""Nodes of an interesting tree that were not kept, that are not the first of their parent, and all
+that there is room for in a picture.
+"""
 
 
 class Witness(Drafter):
@@ -38,11 +40,10 @@ class Witness(Drafter):
 
     def observe(self, verified: Verified) -> None:
         path, size = list(verified.paths[0]), int(verified.tree.num_nodes[0])
-        # a tree with something to choose, and the smaller of equals: it is easier to draw
-        if _interest(len(path), size) > _interest(len(self._path), len(self._tokens)):
-            self._path = path
+        parents = verified.tree.parents[0, :size].tolist()
+        if _interest(path, parents) > _interest(self._path, self._parents):
+            self._path, self._parents = path, parents
             self._tokens = verified.tree.tokens[0, :size].tolist()
-            self._parents = verified.tree.parents[0, :size].tolist()
         self._drafter.observe(verified)
 
     def end(self, sequences: Sequence[Sequence[int]], num_prompt: Sequence[int]) -> None:
@@ -54,5 +55,11 @@ class Witness(Drafter):
         return {"tokens": texts, "parents": self._parents, "path": self._path}
 
 
-def _interest(kept: int, size: int) -> tuple[bool, int, int]:
-    return size >= kept + _FEWEST_REJECTED, kept, -size
+def _interest(path: Sequence[int], parents: Sequence[int]) -> tuple[bool, bool, int, int]:
+    """Of a tree that can be drawn, with something to choose; then of the kept path, and the smaller
+    of equals.
+    """
+    kept, size = len(path), len(parents)
+    num_siblings = size - len(set(parents))  # that are not the first
+    is_tree = num_siblings >= _FEWEST_SIBLINGS and size <= _MOST_DRAWN
+    return is_tree, size >= kept + _FEWEST_REJECTED, kept, -size
