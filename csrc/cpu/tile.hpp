@@ -76,8 +76,8 @@ struct Bfloat16Pairs {
   static void put_in_order(float* sums, int32_t columns) {
     for (int32_t i = 0; i < columns; i += 2 * kLanes) {
       const Float a = load(sums + i), b = load(sums + i + kLanes);
-      store(sums + i, __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21,
-                                              22, 23));
+      store(sums + i,
+            __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
       store(sums + i + kLanes, __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13,
                                                        14, 15, 28, 29, 30, 31));
     }

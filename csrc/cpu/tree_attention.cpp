@@ -155,8 +155,8 @@ void TreeAttention<Quanta>::pack_queries(const Item& item, T* buffer, float* tar
   for (int32_t row = 0; row < item.num_nodes * group_; ++row, target += depth_) {
     const int64_t node = item.first_node + row / group_,
                   head = int64_t{item.g} * group_ + row % group_;
-    const T* source = static_cast<const T*>(q.data) + item.b * q.stride_c + head * q.stride_g +
-                      node * q.stride_s;
+    const T* source =
+        static_cast<const T*>(q.data) + item.b * q.stride_c + head * q.stride_g + node * q.stride_s;
     if (q.stride_d != 1) {
       for (int32_t d = 0; d < q.head_dim; ++d) buffer[d] = source[d * q.stride_d];
       source = buffer;
@@ -169,8 +169,8 @@ void TreeAttention<Quanta>::pack_queries(const Item& item, T* buffer, float* tar
 // `seen`: bits of each node, or null if all see all. `weights`: those of the states, by lanes.
 template <class Quanta>
 void TreeAttention<Quanta>::attend_rows(const float* q, Tile& tile, const uint64_t* seen,
-                                        int32_t first_row, int32_t rows,
-                                        const RowStates& states, float* weights) const {
+                                        int32_t first_row, int32_t rows, const RowStates& states,
+                                        float* weights) const {
   alignas(64) float logits[kMaxRows * kTileKeys];
   alignas(64) float probs[kMaxRows * kTileKeys];
   constexpr int32_t kProbs = kTileKeys / Quanta::kElements;  // quanta
