@@ -96,12 +96,22 @@ def test_generate_writes_the_tokens_of_generate(
 @pytest.mark.parametrize(
     "options",
     [
-        ["--drafter", "early-exit", "--exit-layer", "1"],
+        ["--drafter", "early-exit", "--exit-layer", "1", "--no-budget"],
         ["--drafter", "early-exit", "--exit-layer", "1", "--tree", "2-1", "--siblings", "greedy"],
-        ["--drafter", "draft", "--draft-model", "FOLDER", "--depth", "3", "--width", "2"],
+        [
+            "--drafter",
+            "draft",
+            "--draft-model",
+            "FOLDER",
+            "--depth",
+            "3",
+            "--width",
+            "2",
+            "--no-budget",
+        ],
         ["--drafter", "draft", "--draft-model", "FOLDER", "--tree", "1-1-1"],
         ["--drafter", "auto", "--draft-model", "FOLDER", "--no-budget"],
-        ["--drafter", "heads", "--heads", "HEADS", "--max-nodes", "6"],
+        ["--drafter", "heads", "--heads", "HEADS", "--max-nodes", "6", "--no-budget"],
         ["--drafter", "auto", "--heads", "HEADS", "--no-budget"],
     ],
 )
