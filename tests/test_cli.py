@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from transformers.utils import logging
 import specdec_kernels
 from specdec_kernels import display, drafter_options
 from specdec_kernels.cli import main
-from specdec_kernels.drafters import MODEL_DRAFTERS, SHIPPED
+from specdec_kernels.drafters import MODEL_DRAFTERS, SHIPPED, TopKTree
 from specdec_kernels.drafters.shipped import FOLDER
 from specdec_kernels.hf.text import TextModel
 from specdec_kernels.statistics import DecodeStats
@@ -129,6 +129,14 @@ def test_networks_draft_on_the_command_line(
     assert report["tokens"] == greedy_tokens(subject, "abcabc", 20)
     assert report["stats"]["num_drafted"] > 0
     assert ("FOLDER" in options) <= (report["stats"]["tokens_per_step"] > 2)
+
+
+def test_help_names_the_sizes_of_top_k_trees() -> None:
+    options = drafter_options.Depth, drafter_options.Width
+    depth, width = (get_args(option)[1].help for option in options)
+    assert depth.endswith(f"; {TopKTree().depth}.")
+    least, some, most = (TopKTree(nodes).width for nodes in (4, 32, 400))
+    assert some == 32 // 4 and width.endswith(f"a quarter of its nodes, from {least} to {most}.")
 
 
 def test_chat_goes_through_the_template(

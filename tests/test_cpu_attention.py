@@ -18,6 +18,8 @@ from attention_checks import (
     spread_out,
 )
 
+from specdec_kernels import tree_attention
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ID = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}.get
 ROWS = (1, 2, 5, 6, 7, 12, 16, 17, 30)
@@ -62,3 +64,17 @@ def test_no_stride_need_be_1(nodes: int, dtype: torch.dtype) -> None:
     inputs = one_tree(B=2, N=nodes, H=4, G=2, D=32, S=140, dtype=dtype)
     spread_out(inputs)
     assert_equals_reference(inputs, "cpu")
+
+
+def test_queries_of_an_odd_size_have_nothing_of_an_earlier_call_beside_them() -> None:
+    """In pairs of bfloat16 the last has a zero at its side, in memory that calls share."""
+    before = one_tree(B=1, N=6, H=2, G=2, D=64, S=90, dtype=torch.bfloat16)
+    before["q"].fill_(torch.nan)
+    inputs = one_tree(B=1, N=6, H=2, G=2, D=33, S=90, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        tree_attention(**before)
+        assert_equals_reference(inputs, "cpu")
+    finally:
+        torch.set_num_threads(threads)

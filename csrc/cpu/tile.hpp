@@ -25,7 +25,7 @@ inline constexpr int32_t kMaxDepth = 64;  // products summed before they join a 
 template <class Element>
 struct FloatQuanta {
   using T = Element;
-  static constexpr int32_t kElements = 1;
+  static constexpr int32_t kElements = 1, kWidth = kLanes;  // of a quantum, of a register
   static Float load_quanta(const T* source) { return load(source); }
   static Float multiply_add(Float a, Float b, Float total) {
     return SPECDEC_ISA::multiply_add(a, b, total);
@@ -48,7 +48,7 @@ struct FloatQuanta {
 // Quanta of two bfloat16 each, multiplied exactly and accumulated in float.
 struct Bfloat16Pairs {
   using T = Bfloat16;
-  static constexpr int32_t kElements = 2;
+  static constexpr int32_t kElements = 2, kWidth = kLanes * kElements;
   static Float load_quanta(const T* source) { return load(reinterpret_cast<const float*>(source)); }
   static Float multiply_add(Float a, Float b, Float total) {
     return _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
@@ -224,7 +224,7 @@ const T* padded(const T* row, int32_t num, T (&buffer)[kElements]) {
 // Keys as columns: target [quanta of D, kTileKeys].
 template <class Quanta>
 void pack_keys(const TileRows<typename Quanta::T>& keys, int32_t dim, float* target) {
-  constexpr int32_t kWidth = kLanes * Quanta::kElements;
+  constexpr int32_t kWidth = Quanta::kWidth;
   typename Quanta::T buffer[kWidth];
   const int32_t full = dim / kWidth * kWidth;
   for (int32_t key = 0; key < kTileKeys; key += kLanes) {
@@ -251,7 +251,7 @@ void pack_keys(const TileRows<typename Quanta::T>& keys, int32_t dim, float* tar
 template <class Quanta>
 void pack_values(const TileRows<typename Quanta::T>& values, int32_t dim, int32_t columns,
                  float* target) {
-  constexpr int32_t kWidth = kLanes * Quanta::kElements;
+  constexpr int32_t kWidth = Quanta::kWidth;
   typename Quanta::T buffers[2][kWidth];
   const int32_t full = dim / kWidth * kWidth;
   for (int32_t key = 0; key < kTileKeys; key += Quanta::kElements, target += columns) {

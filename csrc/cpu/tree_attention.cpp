@@ -51,7 +51,7 @@ class TreeAttention {
         plan_(plan),
         group_(query_group(params)),
         depth_(round_up(params.q.head_dim, Quanta::kElements) / Quanta::kElements),
-        columns_(round_up(params.v_cache.head_dim, kLanes * Quanta::kElements)) {}
+        columns_(round_up(params.v_cache.head_dim, Quanta::kWidth)) {}
 
   void run() {
     make_plan(params_, columns_, plan_);
@@ -108,9 +108,8 @@ void TreeAttention<Quanta>::attend(const Item& item, TileScratch& scratch) {
   const HeadCache<T> v{params_.v_cache, params_.slots, item.b, item.g};
   T* k_buffer = reinterpret_cast<T*>(scratch.rows.reserve(k.buffer_size() + v.buffer_size()));
   T* v_buffer = k_buffer + k.buffer_size();
-  constexpr int32_t kWidth = kLanes * Quanta::kElements;
   const bool fills_registers =
-      params_.q.head_dim % kWidth == 0 && params_.v_cache.head_dim % kWidth == 0;
+      params_.q.head_dim % Quanta::kWidth == 0 && params_.v_cache.head_dim % Quanta::kWidth == 0;
   const bool is_packed = rows > kFewRows<Quanta> || !fills_registers;
   const int32_t row_blocks = (rows + kMaxRows - 1) / kMaxRows;
   Tile tile{

@@ -74,7 +74,7 @@ class DraftContext:
                 [scores[b] for b in running], finished=len(scores) - len(running), pads=self.pads
             )
             for b, size in zip(running, chosen, strict=True):
-                sizes[b] = min(size, sizes[b])
+                sizes[b] = size
         return sizes
 
     def builder(self, offsets: Tensor | None = None) -> ProposalBuilder:
