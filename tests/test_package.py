@@ -59,6 +59,18 @@ def test_every_instruction_set_passes_the_operator_tests(capability: str) -> Non
     assert re.search(r"\b\d{2,} passed", result.stdout)
 
 
+def test_the_default_kernels_need_no_header_of_an_instruction_set() -> None:
+    """They are what ARM has, too. Which headers a source includes, its compiler tells."""
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        made = subprocess.run(
+            [os.environ.get("CXX", "c++"), "-std=c++20", "-DSPECDEC_ISA=isa_default", "-M", source],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        headers = made.stdout.replace("\\\n", " ").split()
+        assert str(source) in headers
+        assert not [header for header in headers if header.endswith("intrin.h")]
+
+
 def test_the_wheel_installs_one_top_level_package(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-build-isolation", "--no-deps",

@@ -121,7 +121,7 @@ void multiply_columns(const PackedWeight<T>& weight, int32_t features, const flo
 #pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) {
         for (int i = 0; i < kQuanta; ++i)
-          sums[r][c] = Panels<T>::multiply_add(row[i], quanta[c][i], sums[r][c]);
+          sums[r][c] = Panels<T>::accumulate(row[i], quanta[c][i], sums[r][c]);
       }
     }
   }

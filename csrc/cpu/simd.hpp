@@ -10,7 +10,11 @@
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 #pragma GCC diagnostic pop
 
 #include <cstdint>
@@ -75,7 +79,7 @@ inline Float splat(float x) {
 #elif defined(__AVX2__)
   return _mm256_set1_ps(x);
 #else
-  return _mm_set1_ps(x);
+  return Float{x, x, x, x};
 #endif
 }
 
@@ -90,6 +94,17 @@ inline Float multiply_add(Float a, Float b, Float c) {
 #endif
 }
 
+// `multiply_add` into the register of c. GCC may put the result into any of the three, and moves it
+// back afterwards: an instruction for every two products.
+inline Float accumulate(Float a, Float b, Float c) {
+#if defined(__FMA__) && !defined(__AVX512F__)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+  return c;
+#else
+  return multiply_add(a, b, c);
+#endif
+}
+
 // b > a ? b : a; so `a` where one is NaN.
 inline Float larger(Float a, Float b) {
 #if defined(__AVX512F__)
@@ -97,7 +112,7 @@ inline Float larger(Float a, Float b) {
 #elif defined(__AVX2__)
   return _mm256_max_ps(b, a);
 #else
-  return _mm_max_ps(b, a);
+  return b > a ? b : a;
 #endif
 }
 
@@ -119,27 +134,23 @@ inline bool any(Int mask) {
 #elif defined(__AVX2__)
   return !_mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask));
 #else
-  return _mm_movemask_epi8(reinterpret_cast<__m128i>(mask)) != 0;
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
 #endif
 }
 
 #if !defined(__AVX512F__)
-// The lanes of a register by halves, down to four.
-template <class Combine>
-inline __m128 fold(Float lanes, Combine combine) {
-#if defined(__AVX2__)
-  return combine(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-#else
-  (void)combine;
-  return lanes;
-#endif
-}
+typedef float Four __attribute__((vector_size(16)));
 
+// The lanes of a register by halves.
 template <class Combine>
 inline float reduce(Float lanes, Combine combine) {
-  const __m128 four = fold(lanes, combine);
-  const __m128 two = combine(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(combine(two, _mm_shuffle_ps(two, two, 1)));
+#if defined(__AVX2__)
+  const Four four = combine(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+#else
+  const Four four = lanes;
+#endif
+  const Four two = combine(four, __builtin_shufflevector(four, four, 2, 3, 2, 3));
+  return combine(two, __builtin_shufflevector(two, two, 1, 1, 1, 1))[0];
 }
 #endif
 
@@ -148,7 +159,7 @@ inline float largest(Float lanes) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(lanes);
 #else
-  return reduce(lanes, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+  return reduce(lanes, [](Four a, Four b) { return a > b ? a : b; });
 #endif
 }
 
@@ -156,7 +167,7 @@ inline float sum(Float lanes) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(lanes);
 #else
-  return reduce(lanes, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+  return reduce(lanes, [](Four a, Four b) { return a + b; });
 #endif
 }
 
@@ -224,6 +235,8 @@ inline Float load(const Half* source) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#elif defined(__aarch64__)
+  return vcvt_f32_f16(vld1_f16(reinterpret_cast<const float16_t*>(source)));
 #else
   Float lanes;
   for (int i = 0; i < kLanes; ++i) lanes[i] = to_float(source[i]);
@@ -246,6 +259,8 @@ inline void store(Half* target, Float lanes) {
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(target),
                    _mm256_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__)
+  vst1_f16(reinterpret_cast<float16_t*>(target), vcvt_f16_f32(lanes));
 #else
   for (int i = 0; i < kLanes; ++i) target[i] = from_float<Half>(lanes[i]);
 #endif
@@ -360,15 +375,11 @@ struct VectorLanes {
     high = reinterpret_cast<Uint>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
     low = reinterpret_cast<Uint>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
 #else
-    const __m128i factor = _mm_set1_epi32(static_cast<int>(b));
-    const __m128i lanes = reinterpret_cast<__m128i>(a);
-    const __m128i low_half = _mm_set1_epi64x(0xFFFFFFFF);
-    const __m128i even = _mm_mul_epu32(lanes, factor);
-    const __m128i odd = _mm_mul_epu32(_mm_srli_epi64(lanes, 32), factor);
-    high = reinterpret_cast<Uint>(
-        _mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(low_half, odd)));
-    low = reinterpret_cast<Uint>(
-        _mm_or_si128(_mm_and_si128(even, low_half), _mm_slli_epi64(odd, 32)));
+    for (int i = 0; i < kLanes; ++i) {
+      const uint64_t product = uint64_t{a[i]} * b;
+      high[i] = static_cast<uint32_t>(product >> 32);
+      low[i] = static_cast<uint32_t>(product);
+    }
 #endif
   }
 };
