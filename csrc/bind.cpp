@@ -80,6 +80,8 @@ bool built_with_cuda() {
 
 std::string cpu_capability() { return cpu_kernels().name; }
 
+int64_t multiply_registers(int64_t rounds) { return cpu_kernels().multiply_registers(rounds); }
+
 void declare(std::string op, std::string table) { declare_shapes(op, table); }
 
 }  // namespace
@@ -89,12 +91,14 @@ STABLE_TORCH_LIBRARY(specdec_kernels_native, library) {
   library.def("declare(str op, str table) -> ()");
   library.def("built_with_cuda() -> bool");
   library.def("cpu_capability() -> str");
+  library.def("multiply_registers(int rounds) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specdec_kernels_native, CompositeExplicitAutograd, library) {
   library.impl("declare", TORCH_BOX(&specdec::declare));
   library.impl("built_with_cuda", TORCH_BOX(&specdec::built_with_cuda));
   library.impl("cpu_capability", TORCH_BOX(&specdec::cpu_capability));
+  library.impl("multiply_registers", TORCH_BOX(&specdec::multiply_registers));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specdec_kernels, CPU, library) {

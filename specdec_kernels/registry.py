@@ -233,6 +233,16 @@ def cpu_capability() -> str:
     return str(_native_op("cpu_capability")()) if NATIVE_LIBRARY.exists() else "none"
 
 
+def multiply_registers(rounds: int) -> int:
+    """Multiply registers with registers on each thread of the CPU, twelve times a round, as the
+    kernels here multiply bfloat16 or float32, whichever is faster.
+
+    Returns:
+        The operations that this was, two for each product; 0 if the library is not built.
+    """
+    return int(_native_op("multiply_registers")(rounds)) if NATIVE_LIBRARY.exists() else 0
+
+
 def has_matrix_tiles() -> bool:
     """Whether the CPU multiplies tiles of bfloat16 (AMX): by these oneDNN, but no kernel here,
     makes several times as many products of many rows in the same time.

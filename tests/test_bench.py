@@ -23,7 +23,7 @@ from specdec_kernels.bench.rules import DISTINCT, RULES, Settings, _mean, _summa
 from specdec_kernels.drafters import DraftNetwork, shipped_heads
 from specdec_kernels.hf import DraftModel, EarlyExitModel
 from specdec_kernels.hf.text import TextModel
-from specdec_kernels.registry import INTERPRETS_TRITON, OPS
+from specdec_kernels.registry import INTERPRETS_TRITON, OPS, multiply_registers
 from specdec_kernels.tables import ops_table, rules_table
 
 FIELDS = {
@@ -93,6 +93,34 @@ def test_the_matrix_rate_is_that_of_the_faster_type(
     monkeypatch.setattr(machine, "_fastest", seconds)
     assert machine._matrix_rate("cpu") == 2 * machine._MATRIX**3 / 0.5
     assert large == [faster]
+
+
+def test_products_in_registers_are_counted_and_the_better_rate_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = multiply_registers(1)
+    assert one % (2 * 12 * torch.get_num_threads()) == 0 < one
+    assert multiply_registers(1000) == 1000 * one
+    monkeypatch.setattr(machine, "_read_bandwidth", lambda device: 3e9)
+    monkeypatch.setattr(machine, "_matrix_rate", lambda device: 5e9)
+    for registers, best in ((4e9, 5.0), (6e9, 6.0)):
+        monkeypatch.setattr(machine, "_register_rate", lambda device, rate=registers: rate)
+        assert machine.measure_rates() == {"bandwidth_gbs": 3.0, "bf16_gflops": best}
+
+
+def test_floors_are_of_the_best_rates_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is twice as fast at the end: the first operators' floors halve."""
+    described = {"bandwidth_gbs": 4.0, "bf16_gflops": 1e9}
+    later = iter(
+        [{"bandwidth_gbs": 8.0, "bf16_gflops": 1.0}, {"bandwidth_gbs": 2.0, "bf16_gflops": 1.0}]
+    )
+    monkeypatch.setattr(ops, "describe_machine", lambda device: dict(described))
+    monkeypatch.setattr(ops, "measure_rates", lambda device: next(later))
+    result = run_ops(["tree_mask", "build_tree"], quick=True)
+    assert result["machine"] == {"bandwidth_gbs": 8.0, "bf16_gflops": 1e9}
+    assert {row["op"] for row in result["rows"]} == {"tree_mask", "build_tree"}
+    for row in result["rows"]:
+        assert row["floor_us"] == pytest.approx(row["num_bytes"] / 8e3, abs=0.006)
 
 
 def test_copies_are_as_many_as_what_a_call_touches_needs() -> None:

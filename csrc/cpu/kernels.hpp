@@ -1,6 +1,8 @@
 // The CPU kernels of one instruction set, and the choice of the set.
 #pragma once
 
+#include <cstdint>
+
 namespace specdec {
 
 struct AfterAttentionParams;
@@ -25,6 +27,7 @@ struct CpuKernels {
   void (*build_tree)(const BuildTreeParams&);
   void (*commit)(const CommitParams&);
   void (*layer_stack)(const LayerStackParams&);
+  int64_t (*multiply_registers)(int64_t rounds);  // on each thread; how many operations that was
   void (*packed_linear)(const PackedLinearParams&);
   void (*rms_norm)(const RmsNormParams&);
   void (*rope)(const RopeParams&);

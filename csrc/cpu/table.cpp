@@ -8,6 +8,7 @@ void before_attention(const BeforeAttentionParams&);
 void build_tree(const BuildTreeParams&);
 void commit(const CommitParams&);
 void layer_stack(const LayerStackParams&);
+int64_t multiply_registers(int64_t);
 void packed_linear(const PackedLinearParams&);
 void rms_norm(const RmsNormParams&);
 void rope(const RopeParams&);
@@ -19,8 +20,9 @@ void verify(const VerifyParams&);
 void write_kv(const WriteKvParams&);
 
 extern const CpuKernels kernels;
-const CpuKernels kernels{SPECDEC_ISA_NAME, after_attention, before_attention, build_tree, commit,
-                         layer_stack,      packed_linear,   rms_norm,         rope,       sample,
-                         topk_logprobs,    tree_attention,  tree_mask,        verify,     write_kv};
+const CpuKernels kernels{SPECDEC_ISA_NAME, after_attention,    before_attention, build_tree, commit,
+                         layer_stack,      multiply_registers, packed_linear,    rms_norm,   rope,
+                         sample,           topk_logprobs,      tree_attention,   tree_mask,  verify,
+                         write_kv};
 
 }  // namespace specdec::SPECDEC_ISA

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from ..registry import cpu_capability
+from ..registry import cpu_capability, multiply_registers
 
 _READ_BYTES = 256 * 2**20  # larger than last-level caches
 _MATRIX = 2048
+_ROUNDS = 500_000  # of products in registers, some milliseconds
 _REPEATS = 7
 
 
@@ -30,9 +31,8 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
     Returns:
         cpu, cores (logical), threads (of torch), load_average (last minute: times taken beside
         other work are worth little), memory_gib, isa (of our CPU kernels), gpu (name or None),
-        bandwidth_gbs (10^9 bytes read per second), bf16_gflops (10^9 operations per second of a
-        bfloat16 matrix product, or of a float32 one where that is faster), versions (package ->
-        version), commit (None outside a checkout).
+        bandwidth_gbs and bf16_gflops (see `measure_rates`), versions (package -> version), commit
+        (None outside a checkout).
     """
     return {
         "cpu": _cpu_model(),
@@ -42,14 +42,28 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30,
         "isa": cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "bandwidth_gbs": round(_read_bandwidth(device) / 1e9, 2),
-        "bf16_gflops": round(_matrix_rate(device) / 1e9, 1),
+        **measure_rates(device),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             **{name: _version(name) for name in ("transformers", "specdec_kernels")},
         },
         "commit": _commit(),
+    }
+
+
+def measure_rates(device: str = "cpu") -> dict[str, float]:
+    """The two rates that bound a kernel, by the roofline model (Williams et al. 2009).
+
+    Returns:
+        bandwidth_gbs (10^9 bytes read per second), bf16_gflops (10^9 operations per second of a
+        bfloat16 matrix product, of a float32 one, or on a CPU of products in registers, whichever
+        is most).
+    """
+    gflops = max(_matrix_rate(device), _register_rate(device)) / 1e9
+    return {
+        "bandwidth_gbs": round(_read_bandwidth(device) / 1e9, 2),
+        "bf16_gflops": round(gflops, 1),
     }
 
 
@@ -74,6 +88,15 @@ def _matrix_rate(device: str) -> float:
         dtypes = [min(dtypes, key=partial(_product_seconds, _MATRIX // 8, device))]
     seconds = min(_product_seconds(_MATRIX, device, dtype) for dtype in dtypes)
     return 2 * _MATRIX**3 / seconds
+
+
+def _register_rate(device: str) -> float:
+    """What a library's product of matrices does not reach on every CPU: MKL on others than
+    Intel's not by a third.
+    """
+    if device != "cpu":
+        return 0.0
+    return multiply_registers(_ROUNDS) / _fastest(partial(multiply_registers, _ROUNDS), device)
 
 
 def _product_seconds(size: int, device: str, dtype: torch.dtype) -> float:
