@@ -234,8 +234,8 @@ def cpu_capability() -> str:
 
 
 def multiply_registers(rounds: int) -> int:
-    """Multiply registers with registers on each thread of the CPU, twelve times a round, as the
-    kernels here multiply bfloat16 or float32, whichever is faster.
+    """Multiply registers with registers on each thread of the CPU, as the kernels here multiply
+    bfloat16 or float32, whichever is faster; up to 2^23 rounds.
 
     Returns:
         The operations that this was, two for each product; 0 if the library is not built.

@@ -19,7 +19,16 @@ namespace specdec::SPECDEC_ISA {
 namespace {
 
 template <class T>
-struct Panels : FloatQuanta<T> {};
+struct Panels : FloatQuanta<T> {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Into the register of the total. GCC 12 takes any of the three, and has to move every second
+  // result back: 50 instead of 44 instructions for 20 products.
+  static Float multiply_add(Float a, Float b, Float total) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(total) : "x"(a), "x"(b));
+    return total;
+  }
+#endif
+};
 #if defined(__AVX512BF16__)
 template <>
 struct Panels<Bfloat16> : Bfloat16Pairs {};
@@ -121,7 +130,7 @@ void multiply_columns(const PackedWeight<T>& weight, int32_t features, const flo
 #pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) {
         for (int i = 0; i < kQuanta; ++i)
-          sums[r][c] = Panels<T>::accumulate(row[i], quanta[c][i], sums[r][c]);
+          sums[r][c] = Panels<T>::multiply_add(row[i], quanta[c][i], sums[r][c]);
       }
     }
   }

@@ -94,17 +94,6 @@ inline Float multiply_add(Float a, Float b, Float c) {
 #endif
 }
 
-// `multiply_add` into the register of c. GCC may put the result into any of the three, and moves it
-// back afterwards: an instruction for every two products.
-inline Float accumulate(Float a, Float b, Float c) {
-#if defined(__FMA__) && !defined(__AVX512F__)
-  asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
-  return c;
-#else
-  return multiply_add(a, b, c);
-#endif
-}
-
 // b > a ? b : a; so `a` where one is NaN.
 inline Float larger(Float a, Float b) {
 #if defined(__AVX512F__)

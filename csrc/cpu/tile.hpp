@@ -30,9 +30,6 @@ struct FloatQuanta {
   static Float multiply_add(Float a, Float b, Float total) {
     return SPECDEC_ISA::multiply_add(a, b, total);
   }
-  static Float accumulate(Float a, Float b, Float total) {
-    return SPECDEC_ISA::accumulate(a, b, total);
-  }
   static void pack(const T* source, int32_t num, float* target) {
     const int32_t full = num / kLanes * kLanes;
     for (int32_t i = 0; i < full; i += kLanes) store(target + i, load(source + i));
@@ -56,7 +53,6 @@ struct Bfloat16Pairs {
   static Float multiply_add(Float a, Float b, Float total) {
     return _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
-  static Float accumulate(Float a, Float b, Float total) { return multiply_add(a, b, total); }
   // Of an odd number the last, and a zero.
   static void pack(const T* source, int32_t num, float* target) {
     if (num % kElements != 0) target[num / kElements] = 0.0f;

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from statistics import quantiles
 from typing import Any
 
@@ -68,20 +69,17 @@ def run_ops(
     machine = describe_machine(device)
     rows: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
-    measured = None
-    for case in CASES:
-        if case.op in chosen and (case.is_quick or not quick):
-            if measured not in (None, case.op):
-                _raise_rates(machine, device)
-            measured = case.op
-            seconds = _QUICK_SECONDS if quick else _SECONDS
+    cases = [case for case in CASES if case.op in chosen and (case.is_quick or not quick)]
+    seconds = _QUICK_SECONDS if quick else _SECONDS
+    for _, cases_of_op in groupby(cases, key=lambda case: case.op):
+        for case in cases_of_op:
             reasons = {baseline.name: baseline.why_absent() for baseline in case.baselines}
             absent |= {name: reason for name, reason in reasons.items() if reason is not None}
             for row in _measure(case, backend, device, seconds):
                 rows.append(row)
                 if progress is not None:
                     progress(row)
-    _raise_rates(machine, device)
+        _raise_rates(machine, device)
     for row in rows:
         work = Work(row["num_bytes"], row["num_flops"])
         floor = roofline_us(work, machine["bandwidth_gbs"], machine["bf16_gflops"])
