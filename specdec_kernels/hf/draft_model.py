@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +19,7 @@ from ..shapes import PAD
 from .attention import tree_attention_in
 from .fusing import fast_layers
 from .growing import GrowingTarget, num_positions
-from .support import check_model
+from .support import check_model, vocab_size
 
 DRAFT_VOCAB = "draft_vocab.safetensors"
 """Beside a draft model with a vocabulary of its own: its `ids`, as `DraftModel` takes them."""
@@ -35,7 +34,8 @@ class DraftModel(DraftNetwork):
     what was rejected is forgotten.
 
     Args:
-        model: any model that `SpeculativeDecoder` takes, on the target's device.
+        model: any model that `SpeculativeDecoder` takes, on the target's device; of a PEFT model
+            what it wraps, with its adapters.
         tokenizers: of the target and of this model, which then must give every token the same
             id. Without them the sizes of both vocabularies must agree.
         ids: [U] distinct integers, the target's id of each of this model's. Its vocabulary then has
@@ -54,14 +54,14 @@ class DraftModel(DraftNetwork):
         tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
         ids: Tensor | None = None,
     ) -> None:
+        model = getattr(model, "get_base_model", lambda: model)()
         check_model(model)
         if tokenizers is not None:
             check_same_vocabulary(*tokenizers)
         self.model = model
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._has_same_tokens = tokenizers is not None
-        embeddings: Any = model.get_input_embeddings()
-        self._last_id = int(embeddings.num_embeddings) - 1
+        self._last_id = vocab_size(model) - 1
         self._own_ids: dict[int, int] | None = None
         self._num_drafted: int | None = None
         if ids is not None:

@@ -25,6 +25,7 @@ from .attention import ignores_attention
 from .cache import CACHE_KEYWORDS
 
 _RECURRENT = ("linear", "mamba", "conv", "recurrent", "ssm", "rwkv")
+_DYNAMIC_LAYERS = "torch.ao.nn.quantized.dynamic."
 _HOST = ("cpu", "disk", "meta")  # where weights may wait for their device
 _HANDLED_INPUTS = {
     "attention_mask",
@@ -79,8 +80,32 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if reason is None and "position_ids" not in inspect.signature(model.forward).parameters:
         reason = "it counts positions itself and takes no position_ids"
+    reason = reason or _why_altered(model)
     if reason is not None:
         raise ValueError(f"{name} is refused: {reason}")
+
+
+def _why_altered(model: PreTrainedModel) -> str | None:
+    """What was made of a model that trees would be exact with, so that they are not."""
+    kind: Any = type(model)  # whose mixin PreTrainedModel does not declare
+    prepare: Any = model.prepare_inputs_for_generation
+    if getattr(prepare, "__func__", prepare) is not kind.prepare_inputs_for_generation:
+        return (
+            f"{prepare.__qualname__} stands in for its prepare_inputs_for_generation, which nobody "
+            "calls here (adapters put virtual tokens before a text so)"
+        )
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+        return "its activated LoRA counts tokens from the end of what it is given"
+    if any(type(part).__module__.startswith(_DYNAMIC_LAYERS) for part in model.modules()):
+        return "its layers quantize all tokens of a pass by one scale, which drafts would change"
+    return None
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    """Tokens that the model's embeddings have, adapters or not."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0])
 
 
 def _has_own_texts(model: PreTrainedModel) -> bool:

@@ -16,6 +16,7 @@ from .attention import Localities, TreeCall, handing, ignores_attention
 from .cache import TreeCache, cache_keyword
 from .compiled import Backend, CompiledStep, pad_tree
 from .ragged import Ragged
+from .support import vocab_size
 
 
 class Watcher(Protocol):
@@ -62,8 +63,7 @@ class HFTarget:
     ) -> None:
         self.model = model
         self.device = model.device
-        embeddings: Any = model.get_input_embeddings()
-        self.vocab_size = int(embeddings.num_embeddings)
+        self.vocab_size = vocab_size(model)
         self.watchers: list[Watcher] = []
         self._cache = cache
         self._capacity = capacity
