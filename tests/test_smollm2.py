@@ -68,7 +68,11 @@ def _plain(model: PreTrainedModel, rows: list[Tensor], new_tokens: int) -> list[
 
 @pytest.fixture(scope="module")
 def truth(model: PreTrainedModel, prompts: list[Tensor]) -> list[list[int]]:
-    return _plain(model, prompts, NEW + 8)
+    """By `generate` in one batch, which in float32 takes a quarter of the time of twelve calls."""
+    inputs = left_pad(prompts, model.generation_config.pad_token_id)
+    output = model.generate(**inputs, max_new_tokens=NEW + 8, do_sample=False)
+    padding = [inputs["input_ids"].shape[1] - len(prompt) for prompt in prompts]
+    return [row[pad:].tolist() for row, pad in zip(output, padding, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +190,7 @@ def test_bf16_parts_from_generate_only_at_near_ties(
     model, _ = load_model("smollm2", dtype=torch.bfloat16)
     model.generation_config.eos_token_id = None
     parted, gaps = 0, []
-    prompts = prompts if new == LONG else prompts[::2]
+    prompts = prompts if new == LONG else sorted(prompts, key=len)[:6]  # slow in bf16 on most CPUs
     truth = _plain(model, prompts, new)
     drafters = (  # whose trees do not hang on time, as a budget's do
         PromptLookupDrafter(16),
@@ -241,7 +245,7 @@ def test_shipped_heads_are_what_their_card_says(name: str) -> None:
 
 def test_auto_merges_the_shipped_heads(model, prompts, truth) -> None:
     """More tokens per step than from the text alone."""
-    chosen = list(range(6))
+    chosen = list(range(4))
     steps = [
         _assert_equal(model, prompts, truth, chosen, AutoDrafter(32, heads=heads))
         for heads in (None, "shipped")
