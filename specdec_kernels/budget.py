@@ -118,8 +118,9 @@ class Budget:
     def choose(
         self, scores: Sequence[Sequence[float]], *, finished: int = 0, pads: bool = True
     ) -> list[int]:
-        """Nodes of each running row, the root included, that make the most tokens per second; 1 of
-        each is plain.
+        """Nodes of each running row, the root included, that make the most tokens per second now
+        that they are drafted; 1 of each is plain. Where plain decoding without drafting would have
+        made more, the step counts towards a rest.
 
         Args:
             scores: for each running row, the probability of acceptance of its draft nodes, sorted
@@ -141,14 +142,14 @@ class Budget:
         rows = max(1, len(scores) + finished if pads else len(scores))
         tokens = float(max(1, len(scores)))
         seconds = self._with_drafts(rows)
-        plain = best = tokens / seconds(rows)
-        plain *= 1 + _MARGIN
+        plain = (1 + _MARGIN) * tokens / seconds(rows)
+        best = tokens / (seconds(rows) + self._draft_cost)  # which is spent
         num_steps = 0
         for i, step in enumerate(steps, 1):
             tokens += self._trust * sum(score for _, score in step)
             computed = rows * (i + 1) if pads else rows + i
             rate = tokens / (seconds(computed) + self._draft_cost)
-            if rate > max(best, plain):
+            if rate > best:
                 best, num_steps = rate, i
         self._rate = max(best, plain)
         self._promised *= _MEMORY
@@ -157,7 +158,7 @@ class Budget:
             for row, score in step:
                 sizes[row] += 1
                 self._promised += score
-        self._note_idle(num_steps == 0)
+        self._note_idle(best < plain)
         return sizes
 
     def least_score(self, running: int, *, finished: int = 0, pads: bool = True) -> float:

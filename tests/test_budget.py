@@ -124,13 +124,22 @@ def test_promises_that_fail_are_trusted_less() -> None:
 
 
 def test_a_slow_drafter_must_bring_more() -> None:
-    budget = Budget(FLAT)
-    for _ in range(60):
-        budget.choose([[0.3]])
-        _record(budget, 2, forward_seconds=0.02, draft_seconds=0.02)
-        budget._promised = budget._accepted = 4.0  # trust aside
-        budget._trust = 1.0
-    assert budget.choose([[0.3]]) == [1]
+    """It is asked seldom; where it has drafted, the time is spent, and nodes that pay are taken."""
+
+    def asked(draft_seconds: float) -> int:
+        budget, count = Budget(FLAT), 0
+        for _ in range(100):
+            is_asked = not budget.rests()
+            count += is_asked
+            assert not is_asked or budget.choose([[0.3]]) == [2]
+            spent = draft_seconds * is_asked
+            _record(budget, 1 + is_asked, forward_seconds=0.02, draft_seconds=spent)
+            budget._promised = budget._accepted = 4.0  # trust aside
+            budget._trust = 1.0
+        return count
+
+    assert asked(0.0002) == 100 - 3, "after 8, 16 and 32 steps one to compare with"
+    assert asked(0.02) < 30
 
 
 def test_it_rests_ever_longer_and_wakes_up_when_drafts_are_good() -> None:
