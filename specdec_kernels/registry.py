@@ -218,7 +218,7 @@ def op(**declaration: Any) -> Callable[[Callable[P, R]], Op[P, R]]:
 
 def available() -> dict[str, dict[str, str | None]]:
     """Operator -> backend -> None if it runs here, else the reason why not."""
-    return {name: {b: o.why_absent(b) for b in BACKENDS} for name, o in OPS.items()}
+    return {name: {b: o.why_absent(b) for b in BACKENDS} for name, o in sorted(OPS.items())}
 
 
 def built_with_cuda() -> bool:
