@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from triton_budgets import BUDGETS, VARIANTS, Budget
+from triton_budgets import BUDGETS, SINCE_TRITON_3_9, VARIANTS, Budget, budget_of
 
 from specdec_kernels.registry import OPS
 
@@ -45,6 +45,7 @@ def _run(*command: str) -> str:
         env=environment, capture_output=True, text=True, cwd=TESTS, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "FP_FUSION" not in result.stderr, "Triton 3.9 warns of launches that leave it open"
     return result.stdout
 
 
@@ -95,7 +96,7 @@ def test_draws_are_not_contracted(records: list[dict[str, Any]]) -> None:
 def test_every_kernel_has_a_budget_and_every_budget_a_kernel(
     records: list[dict[str, Any]],
 ) -> None:
-    assert {_named(record) for record in records} == set(BUDGETS)
+    assert {_named(record) for record in records} == set(BUDGETS) >= set(SINCE_TRITON_3_9)
 
 
 @pytest.mark.parametrize("name", BUDGETS)
@@ -103,7 +104,7 @@ def test_a_kernel_keeps_its_budget(name: str, records: list[dict[str, Any]]) -> 
     mine = [record for record in records if _named(record) == name]
     assert {record["target"] for record in mine} == set(TARGETS)
     for record in mine:
-        problems = list(_problems(record, BUDGETS[name]))
+        problems = list(_problems(record, budget_of(name)))
         assert not problems, f"{record['target']} {record['is_aligned']=}: {'; '.join(problems)}"
 
 

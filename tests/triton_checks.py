@@ -214,18 +214,21 @@ def _watch_memory() -> None:
     update, swap = builder.create_atomic_rmw, builder.create_atomic_cas
 
     def create_masked_load(self: Any, pointers: TensorHandle, mask: Any, *rest: Any) -> Any:
+        mask = _narrowed(mask)
         _check("load", pointers, mask)
         return load(self, pointers, mask, *rest)
 
     def create_masked_store(
         self: Any, pointers: TensorHandle, value: Any, mask: Any, *rest: Any
     ) -> Any:
+        mask = _narrowed(mask)
         _check("store", pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
     def create_atomic_rmw(
         self: Any, op: Any, pointers: TensorHandle, value: Any, mask: Any, *rest: Any
     ) -> Any:
+        mask = _narrowed(mask)
         _check("update", pointers, mask)
         return update(self, op, pointers, value, mask, *rest)
 
@@ -239,11 +242,16 @@ def _watch_memory() -> None:
     builder.create_atomic_rmw, builder.create_atomic_cas = create_atomic_rmw, create_atomic_cas
 
 
+def _narrowed(mask: TensorHandle | None) -> TensorHandle | None:
+    """The interpreter keeps some masks in wider integers, which that of Triton 3.9 then refuses."""
+    return None if mask is None else TensorHandle(np.asarray(mask.data).astype(bool), tl.int1)
+
+
 def _check(kind: str, pointers: TensorHandle, mask: TensorHandle | None) -> None:
     """Raise if this access is not one that a GPU program may make."""
     addresses = np.asarray(pointers.data).ravel().astype(np.int64)
     if mask is not None:
-        lanes = np.asarray(mask.data).astype(bool)  # the interpreter keeps some in wider integers
+        lanes = np.asarray(mask.data)
         addresses = addresses[np.broadcast_to(lanes, np.shape(pointers.data)).ravel()]
     if not addresses.size:
         return

@@ -22,18 +22,25 @@ class Launch:
     Attributes:
         num_warps, num_stages: as Triton takes them.
         blocks: constexpr block sizes, by the name that the kernel gives them.
+        fuses: multiplications with additions; said always, since Triton changes its default.
         measured: the GPU and date that chose these values, or "unmeasured".
     """
 
     num_warps: int
     num_stages: int = 3
     blocks: dict[str, int] | None = None
+    fuses: bool = True
     measured: str = "unmeasured"
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **(self.blocks or {})}
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fuses,
+            **(self.blocks or {}),
+        }
 
 
 def num_processors(device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """Counter-based randomness on the device: the bits of specdec_kernels/philox.py.
 
-Kernels that call these are launched with `enable_fp_fusion=False`: each arithmetic step is one
+Kernels that call these are launched with `Launch(fuses=False)`: each arithmetic step is one
 rounded float32 operation, and a multiplication contracted with an addition would change the bits.
 Cost per token: 10 rounds of Philox shared by 4 tokens, then 3 IEEE divisions.
 """

@@ -52,9 +52,9 @@ from .sampling import (
 )
 
 LAUNCH = {
-    "summarize_rows": Launch(num_warps=4),
-    "draw_rows": Launch(num_warps=8),
-    "write_probs": Launch(num_warps=4),
+    "summarize_rows": Launch(num_warps=4, fuses=False),
+    "draw_rows": Launch(num_warps=8, fuses=False),
+    "write_probs": Launch(num_warps=4, fuses=False),
 }
 
 LARGEST, EDGE, TOTAL, IS_INFINITE = (tl.constexpr(i) for i in range(4))  # fields of a row's law
@@ -315,7 +315,7 @@ def sample_triton(
     if is_summarized:
         summarize_rows[(rows, blocks)](
             *source, *keys, *filters, *summaries, domain, vocab, BLOCK_V=block,
-            **stream_options(LAUNCH["summarize_rows"]), enable_fp_fusion=False,
+            **stream_options(LAUNCH["summarize_rows"]),
         )  # fmt: skip
     law = None
     if return_probs:
@@ -324,11 +324,11 @@ def sample_triton(
         *source, *keys, coins, *filters, *summaries, law, drawn, status, domain, num_draws, vocab,
         HAS_FILTERS=any(f is not None for f in filters[1:]), IS_SUMMARIZED=is_summarized,
         IS_MULTIPLE=num_draws > 1, BLOCK_V=block,
-        **row_options(LAUNCH["draw_rows"]), enable_fp_fusion=False,
+        **row_options(LAUNCH["draw_rows"]),
     )  # fmt: skip
     if return_probs:
         write_probs[(rows, blocks)](
             *source, temperature, law, drawn, num_draws, status, probs, vocab, BLOCK_V=block,
-            **stream_options(LAUNCH["write_probs"]), enable_fp_fusion=False,
+            **stream_options(LAUNCH["write_probs"]),
         )  # fmt: skip
     return drawn, status, probs

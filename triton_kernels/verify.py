@@ -69,8 +69,8 @@ from .verify_outputs import LAUNCH as OUTPUTS_LAUNCH
 from .verify_outputs import score_path, write_law
 
 LAUNCH = {
-    "summarize_nodes": Launch(num_warps=4),
-    "decide": Launch(num_warps=8),
+    "summarize_nodes": Launch(num_warps=4, fuses=False),
+    "decide": Launch(num_warps=8, fuses=False),
 }
 ROWS_PER_PROCESSOR = 40 if INTERPRETED else 4
 """Up to so many rows of all requests phase 1 runs; unmeasured."""
@@ -424,7 +424,7 @@ def verify_triton(
         draws = (seeds, positions) if family == WALK.value else (None, None)
         summarize_nodes[(batch * nodes, blocks)](
             *source, parents, num_nodes, *draws, *filters, *summaries, nodes, vocab,
-            BLOCK_V=block, **stream_options(LAUNCH["summarize_nodes"]), enable_fp_fusion=False,
+            BLOCK_V=block, **stream_options(LAUNCH["summarize_nodes"]),
         )  # fmt: skip
     decide[(batch,)](
         *source, tokens, parents, num_nodes, seeds, positions, *filters, *summaries, *draft,
@@ -433,19 +433,19 @@ def verify_triton(
         FAMILY=family, EPSILON=typical_epsilon, DELTA=typical_delta,
         HAS_FILTERS=any(f is not None for f in filters[1:]), HAS_SUM=return_law,
         IS_SUMMARIZED=is_summarized, BLOCK_V=block,
-        **row_options(LAUNCH["decide"]), enable_fp_fusion=False,
+        **row_options(LAUNCH["decide"]),
     )  # fmt: skip
     if return_logprobs:
         score_path[(batch * nodes,)](
             *source, tokens, temperature, summaries[0], records, path, num_accepted, next_tokens,
             logprobs, margins, nodes, vocab, BLOCK_V=block,
-            **OUTPUTS_LAUNCH["score_path"].options, enable_fp_fusion=False,
+            **OUTPUTS_LAUNCH["score_path"].options,
         )  # fmt: skip
     if return_law:
         write_law[(batch, blocks)](
             *source, tokens, parents, num_nodes, temperature, summaries[0], *draft, records, path,
             num_accepted, next_tokens, status, next_law, nodes, vocab, BLOCK_V=block,
-            **stream_options(OUTPUTS_LAUNCH["write_law"]), enable_fp_fusion=False,
+            **stream_options(OUTPUTS_LAUNCH["write_law"]),
         )  # fmt: skip
     return answer
 

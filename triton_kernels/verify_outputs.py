@@ -17,7 +17,10 @@ from .launch import Launch
 from .laws import FIELDS, OK, Draft, Law, Rest, Tree, block_masses, draft_law, read_law, read_rest
 from .sampling import Row, Scores, best_of, biased_logits, read_temperature, to_scores, total_weight
 
-LAUNCH = {"score_path": Launch(num_warps=8), "write_law": Launch(num_warps=4)}
+LAUNCH = {
+    "score_path": Launch(num_warps=8, fuses=False),
+    "write_law": Launch(num_warps=4, fuses=False),
+}
 
 
 @triton.jit(do_not_specialize=["nodes"])
