@@ -34,7 +34,7 @@ def _matmul(x_ptr, out_ptr, num, BLOCK: tl.constexpr):
 def _first(kernel: Any, target: str, *args: Any, **options: Any) -> dict[str, Any]:
     found: list[tuple[str, Any]] = []
     with compiling(target, found):
-        kernel[(1,)](*args, **options)
+        kernel[(1,)](*args, enable_fp_fusion=True, **options)
     return asdict(inspect(found[0][1]))
 
 
