@@ -87,11 +87,11 @@ def check_model(model: PreTrainedModel) -> None:
 
 def _why_altered(model: PreTrainedModel) -> str | None:
     """What was made of a model that trees would be exact with, so that they are not."""
-    kind: Any = type(model)  # whose mixin PreTrainedModel does not declare
-    prepare: Any = model.prepare_inputs_for_generation
-    if getattr(prepare, "__func__", prepare) is not kind.prepare_inputs_for_generation:
+    name = "prepare_inputs_for_generation"  # of a mixin that a draft model may lack
+    prepare = getattr(model, name, None)
+    if getattr(prepare, "__func__", prepare) is not getattr(type(model), name, None):
         return (
-            f"{prepare.__qualname__} stands in for its prepare_inputs_for_generation, which nobody "
+            f"{getattr(prepare, '__qualname__', prepare)} stands in for its {name}, which nobody "
             "calls here (adapters put virtual tokens before a text so)"
         )
     adapters = getattr(model, "peft_config", {}).values()
