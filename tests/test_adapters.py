@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pytest
 import torch
 from conftest import make_tiny_model
@@ -19,6 +21,7 @@ from prompts import left_pad, random_prompts
 import specdec_kernels
 from specdec_kernels import ModelDrafter, SpeculativeDecoder, TopKTree
 from specdec_kernels.hf import DraftModel
+from specdec_kernels.hf.support import check_model
 
 PROMPTS = random_prompts((11, 17, 6), 101)
 INPUTS = left_pad(PROMPTS) | {"max_new_tokens": 24, "do_sample": False}
@@ -88,6 +91,22 @@ def test_adapters_that_read_the_prompt_are_refused(config: PeftConfig, message: 
     with pytest.raises(ValueError, match=f"LlamaForCausalLM is refused: .*{message}"):
         specdec_kernels.generate(model, **INPUTS)
     assert torch.equal(model.generate(**INPUTS), expected)
+
+
+def test_inputs_that_somebody_else_prepares_are_refused() -> None:
+    model = make_tiny_model()
+    model.prepare_inputs_for_generation = model.prepare_inputs_for_generation  # as PEFT leaves it
+    expected = model.generate(**INPUTS)
+    assert torch.equal(specdec_kernels.generate(model, **INPUTS), expected)
+
+    def shifted(self, input_ids, attention_mask=None, **inputs):
+        inputs["attention_mask"] = attention_mask
+        return type(model).prepare_inputs_for_generation(self, input_ids + 1, **inputs)
+
+    model.prepare_inputs_for_generation = MethodType(shifted, model)
+    with pytest.raises(ValueError, match=r"shifted stands in for its prepare_inputs_for_gen"):
+        specdec_kernels.generate(model, **INPUTS)
+    check_model(model.model)  # has no such method, and needs none
 
 
 def test_scales_of_whole_batches_are_refused() -> None:
