@@ -15,6 +15,7 @@ from .budget import Budget
 from .drafters.base import DraftContext, Drafter, Verified
 from .drafting import GREEDY, SamplingParams
 from .ops import sample, verify
+from .pass_timer import PassTimer
 from .processing import LogitsProcessing, NodeContext, decide_processed
 from .proposing import Proposer
 from .sampling import NO_SUCH_DRAW
@@ -47,7 +48,9 @@ class Target(Protocol):
         """
 
     def commit(self, path: Tensor, num_kept: Tensor) -> None:
-        """Keep path nodes [B, N], `num_kept` [B] of each row, and drop the other nodes."""
+        """Keep path nodes [B, N] int32, `num_kept` [B] int32 on the host of each row, and drop the
+        other nodes.
+        """
 
 
 Listener = Callable[[int, list[int], int], None]
@@ -144,6 +147,7 @@ def decode(
     rows = _Rows([list(p) for p in prompts], max_lengths, should_stop, listener)
     stats = stats or DecodeStats.start(len(prompts))
     proposer = Proposer(drafter, stats, budget)
+    timer = PassTimer(target.device)
     proposer.begin(len(prompts))
     _prefill(target, proposer, rows, sampling, process, recorder, agree)
     stats.prefill_seconds = time.perf_counter() - start
@@ -153,28 +157,31 @@ def decode(
         if agree is not alone:
             proposal = agreed(proposal, agree)
         tree = proposal.tree
-        drafted = time.perf_counter()
-        logits = target.forward(tree)
-        forwarded = time.perf_counter()
+        # Before the pass: to copy something to a device waits for all that was launched there.
         positions = torch.tensor([len(s) - 1 for s in rows.sequences], device=target.device)
+        drafted = time.perf_counter()
+        timer.start()
+        logits = target.forward(tree)
+        timer.stop()
         results, scored = _decide(process, rule, logits, proposal, positions, sampling, rows)
-        path, num_accepted, next_tokens, status = agree(results)
-        _check_status(status, rows.sequences, proposer)
+        results = agree(results)
+        emitted = _read(results, rows.sequences, proposer)
         before = sum(stats.num_accepted)
         if recorder is not None:
-            for row, count in enumerate(num_accepted.tolist()):
+            for row, (nodes, _) in enumerate(emitted):
                 if rows.active[row]:
-                    nodes = path[row, : count + 1].long()
-                    recorder(row, logits[row, nodes], scored(row, nodes))
-        kept = _push_step(rows, stats, tree, path, num_accepted, next_tokens)
+                    along = results[0][row, : len(nodes)].long()
+                    recorder(row, logits[row, along], scored(row, along))
+        kept = _push_step(rows, stats, tree, emitted)
         # Stop rules come first: tokens after a stop are never committed.
-        target.commit(path, torch.tensor(kept, dtype=torch.int32, device=target.device))
-        stats.forward_seconds += forwarded - drafted
-        stats.verify_seconds += time.perf_counter() - forwarded
-        paths = [p[:k] for p, k in zip(path.tolist(), kept, strict=True)]
+        target.commit(results[0], torch.tensor(kept, dtype=torch.int32))
+        seconds = timer.seconds()
+        stats.forward_seconds += seconds
+        stats.verify_seconds += max(0.0, time.perf_counter() - drafted - seconds)
+        paths = [nodes[:count] for (nodes, _), count in zip(emitted, kept, strict=True)]
         proposer.observe(Verified(tree, logits, paths, rows.sequences))
         num_new = sum(stats.num_accepted) - before
-        proposer.record(proposal, num_new, forwarded - drafted, pads=target.pads)
+        proposer.record(proposal, num_new, seconds, pads=target.pads)
 
     proposer.end(rows.sequences, [len(p) for p in prompts])
     stats.total_seconds = time.perf_counter() - start
@@ -249,31 +256,41 @@ def _verify(
     return tuple(map(torch.maximum, walked, tested))  # an idle row has the least of every value
 
 
+def _read(
+    results: tuple[Tensor, ...], sequences: Sequence[Sequence[int]], proposer: Proposer
+) -> list[tuple[list[int], int]]:
+    """Accepted path and next token of each row, read from the device at once.
+
+    Raises:
+        ArithmeticError: as `decode`.
+    """
+    path, num_accepted, next_tokens, status = results
+    width = path.shape[1]
+    columns = torch.stack([num_accepted.long(), next_tokens, status.long()], 1)
+    read = torch.cat([path, columns], 1).tolist()
+    _check_status([row[-1] for row in read], sequences, proposer)
+    return [(row[: row[width] + 1], row[width + 1]) for row in read]
+
+
 def _push_step(
-    rows: _Rows,
-    stats: DecodeStats,
-    tree: TokenTree,
-    path: Tensor,
-    num_accepted: Tensor,
-    next_tokens: Tensor,
+    rows: _Rows, stats: DecodeStats, tree: TokenTree, emitted: Sequence[tuple[list[int], int]]
 ) -> list[int]:
     """Append what a step emitted; path nodes to keep per row."""
-    along = tree.tokens.gather(1, path.long().clamp_min(0)).tolist()
-    accepted, following = num_accepted.tolist(), next_tokens.tolist()
-    sizes, parents, paths = tree.num_nodes.tolist(), tree.parents.tolist(), path.tolist()
     kept = []
     for row, active in enumerate(list(rows.active)):
         if not active:
             kept.append(0)
             continue
+        nodes, following = emitted[row]
+        tokens, parents = tree.rows()[row]
         # The last pushed token becomes the next root: its K/V is not in the cache.
-        count = rows.push(row, [*along[row][1 : accepted[row] + 1], following[row]])
+        count = rows.push(row, [*(tokens[node] for node in nodes[1:]), following])
         kept.append(count)
         stats.num_steps[row] += 1
         stats.num_tokens[row] += count
-        stats.num_drafted[row] += sizes[row] - 1
-        stats.num_accepted[row] += min(count, accepted[row])
-        stats.acceptance.count(parents[row][: sizes[row]], paths[row][: accepted[row] + 1])
+        stats.num_drafted[row] += len(tokens) - 1
+        stats.num_accepted[row] += min(count, len(nodes) - 1)
+        stats.acceptance.count(parents, nodes)
     return kept
 
 
@@ -294,7 +311,7 @@ def _prefill(
     scores = logits if process is None else process(logits.to(torch.float32, copy=True), contexts)
     drawn, status, _ = sample(scores, positions=positions, **sampling.arguments())
     drawn, status = agree((drawn, status))
-    _check_status(status, rows.sequences, proposer)
+    _check_status(status.tolist(), rows.sequences, proposer)
     for row, token in enumerate(drawn[:, 0].tolist()):
         if recorder is not None:
             recorder(row, logits[row : row + 1], scores[row : row + 1].float())
@@ -320,8 +337,10 @@ def _context(
     )
 
 
-def _check_status(status: Tensor, sequences: Sequence[Sequence[int]], proposer: Proposer) -> None:
-    for row, value in enumerate(status.tolist()):
+def _check_status(
+    status: Sequence[int], sequences: Sequence[Sequence[int]], proposer: Proposer
+) -> None:
+    for row, value in enumerate(status):
         length = len(sequences[row])
         if value == NO_SUCH_DRAW:
             raise ArithmeticError(

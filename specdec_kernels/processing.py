@@ -66,15 +66,14 @@ def process_nodes(
 ) -> Tensor:
     """Process every node of some rows of logits [B, N, V]; [B, N, V] float32, other rows are 0."""
     processed = torch.zeros_like(logits, dtype=torch.float32)
-    tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
-    sizes = tree.num_nodes.tolist()
     contexts, places = [], []
     for b in rows:
+        tokens, parents = tree.rows()[b]
         paths: list[tuple[int, ...]] = [()]
-        for i in range(1, sizes[b]):
-            paths.append((*paths[parents[b][i]], tokens[b][i]))
-        contexts += [NodeContext(b, sequences[b], path) for path in paths[: sizes[b]]]
-        places += [(b, i) for i in range(sizes[b])]
+        for token, parent in zip(tokens[1:], parents[1:], strict=True):
+            paths.append((*paths[parent], token))
+        contexts += [NodeContext(b, sequences[b], path) for path in paths[: len(tokens)]]
+        places += [(b, i) for i in range(len(tokens))]
     if contexts:
         row, node = torch.tensor(places, device=logits.device).T
         processed[row, node] = process(logits[row, node].float(), contexts)
@@ -142,13 +141,12 @@ def walk_processed(
 
 def _children(tree: TokenTree, rows: Sequence[int]) -> dict[int, dict[tuple[int, int], int]]:
     """Row -> (parent node, token) -> the first such child."""
-    tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
-    sizes = tree.num_nodes.tolist()
     found: dict[int, dict[tuple[int, int], int]] = {}
     for b in rows:
+        tokens, parents = tree.rows()[b]
         found[b] = {}
-        for i in range(1, sizes[b]):
-            found[b].setdefault((parents[b][i], tokens[b][i]), i)
+        for i in range(1, len(tokens)):
+            found[b].setdefault((parents[i], tokens[i]), i)
     return found
 
 
@@ -175,7 +173,7 @@ def decide_processed(
     """
     tree = proposal.tree
     is_sampled = (proposal.kinds != DraftKind.ONEHOT).any(1)
-    rows = [b for b, size in enumerate(tree.num_nodes.tolist()) if size]
+    rows = [b for b, size in enumerate(tree.sizes()) if size]
     is_lazy = process.needs_prefix and walks
     walking = [b for b in rows if is_lazy and not bool(is_sampled[b])]
     tested = [b for b in rows if b not in walking]

@@ -67,7 +67,7 @@ class Proposer:
         """Tell the budget what the step did and cost; `pads` as in `DraftContext`."""
         if self._budget is not None and self._drafter is not None:
             tree = proposal.tree
-            sizes = tree.num_nodes.tolist()
+            sizes = tree.sizes()
             running = sum(size > 0 for size in sizes)
             self._budget.record(
                 running=running,
@@ -121,8 +121,8 @@ def check_proposal(drafter: Drafter, proposal: Proposal, context: DraftContext) 
             f"tree.tokens must be [B, N] with B = {len(context.sequences)} and "
             f"N <= max_nodes = {drafter.max_nodes}, got {[batch, nodes]}"
         )
-    rows = zip(tree.tokens.tolist(), tree.parents.tolist(), tree.num_nodes.tolist(), strict=True)
-    for b, (tokens, parents, size) in enumerate(rows):
+    for b, (tokens, parents) in enumerate(tree.rows()):
+        size = len(tokens)
         if not context.active[b]:
             expected, rule = size == 0, "num_nodes must be 0 in a finished row"
         else:
@@ -131,7 +131,7 @@ def check_proposal(drafter: Drafter, proposal: Proposal, context: DraftContext) 
             rule = f"node 0 must be the last committed token {root}"
         if not expected:
             raise ValueError(f"row {b}: {rule}, got {size} nodes {tokens[:4]}")
-        _check_nodes(b, tokens[:size], parents[:size], context.vocab_size)
+        _check_nodes(b, tokens, parents, context.vocab_size)
 
 
 def _check_nodes(b: int, tokens: Sequence[int], parents: Sequence[int], vocab_size: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import torch
@@ -38,6 +38,7 @@ class TokenTree:
     tokens: Tensor
     parents: Tensor
     num_nodes: Tensor
+    _rows: list[tuple[list[int], list[int]]] | None = field(default=None, init=False, repr=False)
 
     @staticmethod
     def from_rows(
@@ -50,11 +51,32 @@ class TokenTree:
         """
         for b, (tokens, parents) in enumerate(rows):
             _check_topology(b, tokens, parents)
-        return TokenTree(
+        tree = TokenTree(
             pad_rows([tokens for tokens, _ in rows], torch.int64, device),
             pad_rows([parents for _, parents in rows], torch.int32, device, PAD),
             torch.tensor([len(tokens) for tokens, _ in rows], dtype=torch.int32, device=device),
         )
+        tree._keep([(list(tokens), list(parents)) for tokens, parents in rows])
+        return tree
+
+    def rows(self) -> list[tuple[list[int], list[int]]]:
+        """(tokens, parents) of each row without padding, not to be changed. They are read from the
+        device once, and not at all where the tree was made of them.
+        """
+        if self._rows is None:
+            width = self.tokens.shape[1]
+            parts = (self.num_nodes[:, None], self.tokens, self.parents)
+            rows = torch.cat(parts, 1).tolist()
+            self._keep([(r[1 : 1 + r[0]], r[1 + width : 1 + width + r[0]]) for r in rows])
+        assert self._rows is not None
+        return self._rows
+
+    def sizes(self) -> list[int]:
+        """`num_nodes` on the host."""
+        return [len(tokens) for tokens, _ in self.rows()]
+
+    def _keep(self, rows: list[tuple[list[int], list[int]]]) -> None:
+        object.__setattr__(self, "_rows", rows)
 
 
 @dataclass(frozen=True, slots=True, init=False, eq=False)

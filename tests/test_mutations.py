@@ -156,9 +156,10 @@ def test_commit_after_the_stop_rules_keeps_the_cache_and_the_text_together(
     assert _committed(tiny_model, rows, truth)
     push = decoding._push_step
 
-    def crop_after_commit(rows, stats, tree, path, num_accepted, next_tokens):
-        push(rows, stats, tree, path, num_accepted, next_tokens)
-        return ((num_accepted + 1) * (tree.num_nodes > 0)).tolist()
+    def crop_after_commit(rows, stats, tree, emitted):
+        push(rows, stats, tree, emitted)
+        sizes = tree.sizes()
+        return [len(nodes) if size else 0 for (nodes, _), size in zip(emitted, sizes, strict=True)]
 
     monkeypatch.setattr(decoding, "_push_step", crop_after_commit)
     assert not _committed(tiny_model, rows, truth)

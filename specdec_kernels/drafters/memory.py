@@ -154,12 +154,11 @@ def keep_successors(table: SuccessorTable, verified: Verified) -> None:
     batch, nodes, vocab = verified.logits.shape
     k = min(table.k, vocab)
     logprobs, best = topk_logprobs(verified.logits.reshape(batch * nodes, vocab), k)
-    levels = probability_levels(logprobs).tolist()
-    successors = best.tolist()
-    rows = zip(tree.tokens.tolist(), tree.num_nodes.tolist(), verified.paths, strict=True)
-    for b, (tokens, size, path) in enumerate(rows):
-        for node in (*range(size), *path):
-            table.put(tokens[node], successors[b * nodes + node], levels[b * nodes + node])
+    found = torch.cat([best, probability_levels(logprobs)], 1).tolist()
+    for b, ((tokens, _), path) in enumerate(zip(tree.rows(), verified.paths, strict=True)):
+        for node in (*range(len(tokens)), *path):
+            row = found[b * nodes + node]
+            table.put(tokens[node], row[:k], row[k:])
 
 
 def probability_levels(logprobs: Tensor) -> Tensor:

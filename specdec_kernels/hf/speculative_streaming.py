@@ -135,7 +135,7 @@ class SpeculativeStreams(TrainedHeads):
         """See `target.Watcher`."""
         for b, kept in enumerate(num_kept.tolist()):
             if kept:
-                self._newest[b] = self._streams[b, int(path[b, kept - 1])]
+                (self._newest[b],) = self._streams[b, path[b, kept - 1 : kept].long()]
 
     def begin(self, batch: int, num_slots: int) -> None:
         """See `DraftNetwork`."""

@@ -125,7 +125,7 @@ class HFTarget:
 
     def commit(self, path: Tensor, num_kept: Tensor) -> None:
         """See `decoding.Target.commit`."""
-        self.cache.commit(path, num_kept)
+        self.cache.commit(path, num_kept.to(self.device))
         for watcher in self.watchers:
             watcher.committed(path, num_kept)
 
