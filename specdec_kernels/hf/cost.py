@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..budget import CostCurve
+from ..pass_timer import PassTimer
 from ..shapes import PAD
 from ..tree import TokenTree
 from .attention import tree_attention_in
@@ -54,18 +54,18 @@ def measure_cost(
     tokens = torch.randint(target.vocab_size, (num_prefix + max(sizes),), generator=generator)
     drafts = tokens[num_prefix:].tolist()
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    timer = PassTimer(target.device)
     with tree_attention_in(model), fast_layers(model):
         target.prefill([tokens[:num_prefix].tolist()])
         for round_ in range(repeats + 1):
             for size in sizes:
                 chain = (drafts[:size], [PAD, *range(size - 1)])
                 tree = TokenTree.from_rows([chain], target.device)
-                start = time.perf_counter()
+                timer.start()
                 target.forward(tree)
-                if target.device.type == "cuda":
-                    torch.cuda.synchronize(target.device)
+                timer.stop()
                 if round_:
-                    seconds[size].append(time.perf_counter() - start)
+                    seconds[size].append(timer.seconds())
             if progress is not None:
                 progress(f"round {round_} of {repeats}")
     curve = [median(seconds[size]) for size in sizes]
