@@ -230,10 +230,10 @@ class TopKTree(TreePlan):
                     beams.open(network.extend(level)[:, :, : context.vocab_size], network.offsets)
         tokens, parents, sizes, scores = build_tree(
             torch.tensor([sequence[-1] for sequence in context.sequences]),
-            beams.candidates,
-            beams.logprobs,
+            beams.candidates.flatten(2),
+            beams.logprobs.flatten(2),
             torch.tensor([0 if most < 0 else self.max_nodes for most in depths]).int(),
-            beams.parents,
+            beams.parents.flatten(2),
             max_nodes=self.max_nodes,
         )
         probabilities = scores.exp().tolist()
@@ -255,12 +255,12 @@ class _Beams:
     """
 
     def __init__(self, depths: Sequence[int], depth: int, width: int, max_nodes: int) -> None:
-        shape = (len(depths), depth, width * width)
+        shape = (len(depths), depth, width, width)  # by beam of the level before, and rank
         self.candidates = torch.full(shape, PAD)
         self.logprobs = torch.full(shape, -torch.inf)
         self.parents = torch.full(shape, PAD, dtype=torch.int32)
         self._scores = torch.full(shape, -torch.inf)  # of the path
-        self._depths = torch.tensor(depths)
+        self._depths = depths
         self._width = width
         self._max_nodes = max_nodes
         self._num_levels = 0
@@ -286,15 +286,16 @@ class _Beams:
         tokens = tokens.reshape(batch, columns, k).cpu()
         level = self._num_levels
         for b, beams in enumerate(self._beams):
-            if level >= self._depths[b]:
+            if not beams or level >= self._depths[b]:
                 continue
-            for column, beam in enumerate(beams):
-                here = slice(column * self._width, column * self._width + k)
-                above = 0.0 if beam == PAD else self._scores[b, level - 1, beam]
-                self.candidates[b, level, here] = tokens[b, column]
-                self.logprobs[b, level, here] = logprobs[b, column]
-                self.parents[b, level, here] = beam
-                self._scores[b, level, here] = logprobs[b, column] + above
+            here = (b, level, slice(len(beams)), slice(k))
+            new, above = logprobs[b, : len(beams)], torch.tensor(beams)
+            self.candidates[here] = tokens[b, : len(beams)]
+            self.logprobs[here] = new
+            self.parents[here] = above[:, None].int()
+            if level > 0:
+                new = new + self._scores[b, level - 1].flatten()[above, None]
+            self._scores[here] = new
         self._num_levels += 1
 
     def level(self, least: float = 0.0) -> list[list[tuple[int, int]]]:
@@ -303,27 +304,33 @@ class _Beams:
         """
         last = self._num_levels - 1
         wanted = min(self._max_nodes - 1, self._scores[0].numel())
-        floors = self._scores.flatten(1).topk(wanted, 1).values[:, -1]
-        best = self._scores[:, last].topk(self._width, 1)
+        floors = self._scores.flatten(1).topk(wanted, 1).values[:, -1:]
         floors = floors.clamp(min=math.log(least)) if least > 0 else floors
-        share = float(self._scores[:, last].exp().sum()) / self._reached
+        scores = self._scores[:, last].flatten(1)
+        best = scores.topk(self._width, 1)
+        # No path is likelier than its first nodes: a beam at the floor has nothing to add.
+        num_open = (best.values > floors).sum(1).tolist()
+        share = float(scores.exp().sum()) / self._reached
         self._reached = 0.0
         rows = []
         self._beams, before = [], self._numbers
         self._numbers = [{} for _ in before]
-        for b, (scores, beams) in enumerate(zip(best.values, best.indices.tolist(), strict=True)):
-            # No path is likelier than its first nodes: a beam at the floor has nothing to add.
-            is_open = (scores > floors[b]).tolist() if last + 1 < self._depths[b] else []
-            chosen = [beam for beam, goes_on in zip(beams, is_open, strict=False) if goes_on]
-            self._beams.append(chosen)
-            self._reached += float(scores[: len(chosen)].exp().sum())
-            row: list[tuple[int, int]] = []
-            for beam in chosen:
-                self._numbers[b][beam] = self._num_computed[b] + len(row)
-                above = int(self.parents[b, last, beam])
-                number = PAD if above == PAD else before[b][above]
-                row.append((int(self.candidates[b, last, beam]), number))
-            self._num_computed[b] += len(row)
-            rows.append(row)
+        for b, num in enumerate(num_open):
+            num = num if last + 1 < self._depths[b] else 0
+            chosen = best.indices[b, :num]
+            tokens, parents = (
+                x[b, last].flatten()[chosen].tolist() for x in (self.candidates, self.parents)
+            )
+            self._beams.append(chosen.tolist())
+            self._reached += float(best.values[b, :num].exp().sum())
+            first = self._num_computed[b]
+            self._numbers[b] = {beam: first + i for i, beam in enumerate(self._beams[b])}
+            rows.append(
+                [
+                    (token, PAD if p == PAD else before[b][p])
+                    for token, p in zip(tokens, parents, strict=True)
+                ]
+            )
+            self._num_computed[b] += num
         self.promised = share * self._reached
         return rows
