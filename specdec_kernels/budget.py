@@ -208,7 +208,7 @@ class Budget:
         """Whether so many more accepted tokens are worth so much more draft time, at the speed that
         the last choice promised.
         """
-        return self._unit is None or tokens >= seconds / self._unit * self._rate
+        return self._unit is None or tokens * self._unit >= seconds * self._rate
 
     def record(
         self,

@@ -13,8 +13,10 @@ from specdec_kernels import OracleDrafter, SpeculativeDecoder
 from specdec_kernels.cli import main
 from specdec_kernels.hf import support
 from specdec_kernels.hf.architectures import EXACT, REFUSED, support_rows, why_refused
+from specdec_kernels.hf.cache import TreeCacheLayer
 from specdec_kernels.hf.dense_attention import visible_slots
 from specdec_kernels.hf.locality import Locality
+from specdec_kernels.hf.target import HFTarget
 
 NEW = 12
 _USUAL = """
@@ -133,6 +135,26 @@ def test_chunks_and_windows_are_in_positions() -> None:
     assert chunks[1] == [0] * 10 + [1] + [0] * 3
     window = visible_slots(Call, 14, Locality(window=3))[0].int().tolist()
     assert window[2] == [0] * 9 + [1] * 3 + [0] * 2
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_slots_that_nobody_wrote_may_hold_anything(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a batch, where trees of different sizes are padded."""
+    buffer = TreeCacheLayer._buffer
+    poisoned = staticmethod(lambda like, capacity: buffer(like, capacity).fill_(torch.nan))
+    monkeypatch.setattr(TreeCacheLayer, "_buffer", poisoned)
+    monkeypatch.setattr(HFTarget, "pads", True)
+    model = tiny_model(model_type)
+    rows = random_prompts((9, 14, 11), VOCAB)
+    inputs = left_pad(rows)
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    decoder = SpeculativeDecoder("auto", budget=False)
+    output = model.generate(**inputs, custom_generate=decoder, **options)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    for row, tokens in zip(rows, new, strict=True):
+        assert tokens.equal(model.generate(**left_pad([row]), **options)[0, len(row) :])
 
 
 def test_texts_that_change_the_rotary_angles_are_refused() -> None:

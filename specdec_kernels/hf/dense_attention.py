@@ -25,9 +25,12 @@ def attend_densely(
     sinks: Tensor | None,
 ) -> Tensor:
     """Tree attention with an explicit mask, for what `tree_attention` has no argument for."""
-    seen = visible_slots(call, key.shape[2], locality)[:, None]
-    used = seen.any(2)[..., None]  # [B, 1, S, 1]; other slots may hold anything
-    key, value = key.masked_fill(~used, 0.0), value.masked_fill(~used, 0.0)
+    slots = key.shape[2]
+    seen = visible_slots(call, slots, locality)[:, None]
+    ends = (call.lengths + call.num_nodes)[:, None]
+    is_empty = (torch.arange(slots, device=ends.device) >= ends)[:, None, :, None]
+    # Behind a tree slots may hold anything, and 0 times NaN is NaN: padding nodes see some of them.
+    key, value = key.masked_fill(is_empty, 0.0), value.masked_fill(is_empty, 0.0)
     return (
         masked_attention(query, key, value, seen, scale, softcap, sinks)
         .transpose(1, 2)
