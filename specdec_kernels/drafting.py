@@ -14,7 +14,7 @@ from .ops import sample
 from .philox import Domain
 from .sampling import OK
 from .shapes import PAD
-from .tree import DraftKind, Proposal, _seal, pad_rows
+from .tree import DraftKind, Proposal, _seal, at_once, pad_rows
 
 _LEAST_SHARE = 1e-30
 """A draft token less likely than this share of the likeliest is not drawn, so that every token that
@@ -160,12 +160,16 @@ class ProposalBuilder(Forest):
         self._is_finished = True
         kept = self._kept()
         tree = self._tree(kept, self._device)
-        kinds = pad_rows([[int(e.kind) for e in row] for row in kept], torch.int8, self._device)
+        laws = [[e.law for e in row] for row in kept]
+        kinds, draft_rows, ids = at_once(
+            self._device,
+            pad_rows([[int(e.kind) for e in row] for row in kept], torch.int8),
+            pad_rows(laws, torch.int32, value=PAD),
+            pad_rows(self._law_ids, torch.int64),
+        )
         if not any(self._law_ids):
             return _seal(tree, kinds, None, None, None)
-        laws = [[e.law for e in row] for row in kept]
-        draft_rows = pad_rows(laws, torch.int32, self._device, PAD)
-        probs = torch.cat(self._laws)[pad_rows(self._law_ids, torch.int64, self._device)]
+        probs = torch.cat(self._laws)[ids]
         return _seal(tree, kinds, draft_rows, probs, self._offsets)
 
     def _grow(

@@ -8,6 +8,7 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .shapes import PAD
 
@@ -52,9 +53,12 @@ class TokenTree:
         for b, (tokens, parents) in enumerate(rows):
             _check_topology(b, tokens, parents)
         tree = TokenTree(
-            pad_rows([tokens for tokens, _ in rows], torch.int64, device),
-            pad_rows([parents for _, parents in rows], torch.int32, device, PAD),
-            torch.tensor([len(tokens) for tokens, _ in rows], dtype=torch.int32, device=device),
+            *at_once(
+                device,
+                pad_rows([tokens for tokens, _ in rows], torch.int64),
+                pad_rows([parents for _, parents in rows], torch.int32, value=PAD),
+                torch.tensor([len(tokens) for tokens, _ in rows], dtype=torch.int32),
+            )
         )
         tree._keep([(list(tokens), list(parents)) for tokens, parents in rows])
         return tree
@@ -134,7 +138,6 @@ def agreed(
     own = proposal.tree
     (shape,) = agree((torch.tensor(own.tokens.shape, device=own.tokens.device),))
     missing = int(shape[1]) - own.tokens.shape[1]
-    pad = torch.nn.functional.pad
     tree = TokenTree(
         *agree(
             (
@@ -169,8 +172,23 @@ def _seal(
     return proposal
 
 
+def at_once(device: torch.device | str, *values: Tensor) -> Sequence[Tensor]:
+    """Integer tensors of the host on a device, by one transfer: the host waits for each."""
+    if torch.device(device).type == "cpu":
+        return values
+    # aligned to 16 bytes, by which kernels are chosen
+    padded = [pad(v.flatten().long(), (0, v.numel() % 2)) for v in values]
+    parts = torch.cat(padded).to(device).split([len(v) for v in padded])
+    return [
+        part[: v.numel()].view(v.shape).to(v.dtype) for part, v in zip(parts, values, strict=True)
+    ]
+
+
 def pad_rows(
-    rows: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device | str, value: int = 0
+    rows: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    value: int = 0,
 ) -> Tensor:
     """[len(rows), longest row], padded on the right with `value`."""
     width = max((len(row) for row in rows), default=0)

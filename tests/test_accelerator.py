@@ -232,19 +232,25 @@ def test_what_lies_elsewhere_is_refused_here_as_there(target) -> None:
         assert (transfers.reads, transfers.writes) == (3, 1)
 
 
+TWO_LEVELS = TopKTree(4, depth=2, width=2)
+
+
 @pytest.mark.parametrize(
-    ("make", "reads"),
+    ("make", "reads", "writes"),
     [
-        (lambda: None, 1),
-        (PromptLookupDrafter, 1),
-        (lambda: AutoDrafter(heads=None), 2),  # the target's candidates after each node
+        (lambda heads: None, 0, 0),
+        (lambda heads: PromptLookupDrafter(), 0, 0),
+        (lambda heads: AutoDrafter(heads=None), 1, 0),  # the target's candidates after each node
+        (lambda heads: ModelDrafter(load_heads(heads / "speculator-some"), TWO_LEVELS), 4, 2),
+        (lambda heads: ModelDrafter(load_heads(heads / "eagle-3"), TWO_LEVELS), 4, 4),
     ],
-    ids=["none", "prompt_lookup", "auto"],
+    ids=["none", "prompt_lookup", "auto", "speculator", "eagle"],
 )
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_a_step_waits_once_for_its_decision(
-    target, events, make, reads: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    target, heads, events, make, reads: int, writes: int, options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And as often as the drafter has to; it gives the trees, positions, and how much is kept."""
     before: list[tuple[int, int]] = []
     forward = HFTarget.forward
     with pretending() as transfers:
@@ -257,10 +263,9 @@ def test_a_step_waits_once_for_its_decision(
 
         monkeypatch.setattr(HFTarget, "forward", counted)
         inputs = {name: tensor.to(DEVICE) for name, tensor in _inputs().items()}
-        _generating(make, **options)(moved(target), **inputs)
-    steps = {(b - a, d - c) for (a, c), (b, d) in itertools.pairwise(before)}
-    # to the device: tokens, parents and sizes of the trees, positions, and how much is kept
-    assert len(before) > 5 and steps == {(reads, 5)}
+        _generating(lambda: make(heads), **options)(moved(target), **inputs)
+    steps = {(b - a, d - c) for (a, c), (b, d) in itertools.pairwise(before[:-2])}
+    assert len(before) > 5 and steps == {(1 + reads, 3 + writes)}
 
 
 def test_a_pass_takes_what_the_accelerator_takes(events) -> None:

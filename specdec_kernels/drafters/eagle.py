@@ -13,7 +13,7 @@ from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 from ..ops import layer_stack, tree_attention, write_kv
 from ..ops.layer_stack import LINEARS
 from ..shapes import PAD
-from ..tree import pad_rows
+from ..tree import at_once, pad_rows
 from .base import DraftContext
 from .checkpoint import Checkpoint
 from .growth import Block, Growth, chain
@@ -167,29 +167,35 @@ class EagleHead(TrainedHeads):
             self._keys, self._values = torch.zeros((2, *shape), device=device, dtype=dtype)
             self._angles = self._rotary.tables(torch.arange(shape[2], device=device), dtype)
         fused = self.fuse(torch.nn.utils.rnn.pad_sequence(features, batch_first=True))
-        lengths = torch.tensor(self._known, dtype=torch.int32, device=device)
+        known = [before + count for before, count in zip(self._known, counts, strict=True)]
+        lengths, last, self._lengths = at_once(
+            device,
+            torch.tensor(self._known, dtype=torch.int32),
+            torch.tensor([max(count, 1) - 1 for count in counts]),
+            torch.tensor(known, dtype=torch.int32),
+        )
         if not any(self._known):
             hidden = self._prefill(pad_rows(new, torch.int64, device), fused)
         else:
             tree = chain(new, device)
             hidden = self._compute(tree, tree.tokens, fused, lengths)
-        last = torch.tensor(counts, device=device).clamp_min(1) - 1
+        self._known = known
         roots = take_columns(hidden, last[:, None])
-        self._known = [known + count for known, count in zip(self._known, counts, strict=True)]
-        self._lengths = torch.tensor(self._known, dtype=torch.int32, device=device)
         # Column 0 is the root's output; node i of the network is column i + 1.
         self._outputs, self._growth = roots, Growth(batch, device)
         return self.logits(roots[:, 0])
 
     def extend(self, level: Level) -> Tensor:
         """See `DraftNetwork`."""
-        device = self._outputs.device
         tree = self._growth.add(level)
         # The whole tree again: a few more rows cost little beside the weights that are read anyway.
         above = [[parent - PAD for parent in row] for row in self._growth.parents]
-        parents = pad_rows(above, torch.int64, device)
+        parents, tokens = at_once(
+            self._outputs.device,
+            pad_rows(above, torch.int64),
+            pad_rows(self._growth.tokens, torch.int64),
+        )
         features = take_columns(self._outputs, parents)
-        tokens = pad_rows(self._growth.tokens, torch.int64, device)
         hidden = self._compute(tree, tokens, features, self._lengths)
         self._outputs = torch.cat([self._outputs[:, :1], hidden], 1)
         return self.logits(take_columns(hidden, tree.places))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..shapes import PAD, num_words
-from ..tree import pad_rows
+from ..tree import at_once, pad_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +95,18 @@ class Growth:
         ]
         places = [[min(first + i, last) for i in range(width)] for first in firsts]
         sources = [[min(max(i - first, 0), width - 1) for i in range(nodes)] for first in firsts]
-
-        def longs(values: object, *shape: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=self._device).view(shape)
-
         batch = len(sizes)
-        of_rows = torch.tensor([firsts, counts, sizes], dtype=torch.int32, device=self._device)
-        first, count, num_nodes = of_rows.unbind()
-        return Block(
-            tokens=pad_rows(tokens, torch.int64, self._device),
-            firsts=first,
-            counts=count,
-            places=longs(places, batch, width),
-            sources=longs(sources, batch, nodes),
-            num_nodes=num_nodes,
-            ancestors=longs(bits, batch, nodes, words),
-            depths=pad_rows(self._depths, torch.int32, self._device),
+        of_rows, own, at, of, ancestors, depths = at_once(
+            self._device,
+            torch.tensor([firsts, counts, sizes], dtype=torch.int32),
+            pad_rows(tokens, torch.int64),
+            torch.tensor(places, dtype=torch.int64).view(batch, width),
+            torch.tensor(sources, dtype=torch.int64).view(batch, nodes),
+            torch.tensor(bits, dtype=torch.int64).view(batch, nodes, words),
+            pad_rows(self._depths, torch.int32),
         )
+        first, count, num_nodes = of_rows.unbind()
+        return Block(own, first, count, at, of, num_nodes, ancestors, depths)
 
 
 def chain(rows: Sequence[Sequence[int]], device: torch.device | str) -> Block:

@@ -11,7 +11,7 @@ from torch.nn.functional import embedding
 from torch.special import ndtr
 
 from ..shapes import PAD
-from ..tree import pad_rows
+from ..tree import at_once, pad_rows
 from .base import DraftContext
 from .checkpoint import Checkpoint
 from .network import Level
@@ -134,9 +134,11 @@ class MLPSpeculator(TrainedHeads):
     def extend(self, level: Level) -> Tensor:
         """See `DraftNetwork`."""
         self._depth += 1
-        device = self._states.device
-        tokens = pad_rows([[t for t, _ in row] for row in level], torch.int64, device)
-        parents = pad_rows([[p - PAD for _, p in row] for row in level], torch.int64, device)
+        tokens, parents = at_once(
+            self._states.device,
+            pad_rows([[t for t, _ in row] for row in level], torch.int64),
+            pad_rows([[p - PAD for _, p in row] for row in level], torch.int64),
+        )
         return self.head(self._depth, self._append(level, parents, tokens))
 
     def _append(self, level: Level, parents: Tensor, tokens: Tensor) -> Tensor:

@@ -43,17 +43,22 @@ class Rotary:
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine [..., D] at positions [...], as `ops.rope` takes them."""
-        angles = positions[..., None].float() * self._rates.to(positions.device)
+        angles = self._angles(positions)
         angles = torch.cat([angles, angles], -1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def __call__(self, values: Tensor, positions: Tensor) -> Tensor:
         """values [B, H, M, D] at positions [B, M]."""
-        angles = positions[:, None, :, None].float() * self._rates.to(values.device)
+        angles = self._angles(positions)[:, None]
         cos, sin = angles.cos(), angles.sin()
         first, second = values.float().chunk(2, -1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
         return turned.to(values.dtype)
+
+    def _angles(self, positions: Tensor) -> Tensor:
+        """[..., D / 2] at positions [...]."""
+        self._rates = self._rates.to(positions.device)
+        return positions[..., None].float() * self._rates
 
 
 def _llama3(rates: Tensor, scaling: dict[str, Any]) -> Tensor:
