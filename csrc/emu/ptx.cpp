@@ -149,7 +149,9 @@ void load_matrices(uint32_t (&registers)[4], const void* row, bool is_transposed
   RowTable rows;
   warp_operation(is_transposed ? "ldmatrix.trans" : "ldmatrix", ~0u, row, &rows, exchange_rows,
                  where);
-  // Each lane reads its own elements, so that sanitizers see who reads what.
+  // For sanitizers. PTX does not say who reads what: perhaps a lane reads the row that it brought,
+  // perhaps its own elements.
+  for (int i = 0; i < 8; ++i) static_cast<const volatile uint16_t*>(row)[i];
   const int g = current_lane() / 4, t = current_lane() % 4;
   for (int matrix = 0; matrix < 4; ++matrix) {
     const void* const* of = rows + 8 * matrix;
