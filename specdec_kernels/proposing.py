@@ -121,7 +121,7 @@ def check_proposal(drafter: Drafter, proposal: Proposal, context: DraftContext) 
             f"tree.tokens must be [B, N] with B = {len(context.sequences)} and "
             f"N <= max_nodes = {drafter.max_nodes}, got {[batch, nodes]}"
         )
-    for b, (tokens, parents) in enumerate(tree.rows()):
+    for b, (tokens, parents) in enumerate(tree.read()):
         size = len(tokens)
         if not context.active[b]:
             expected, rule = size == 0, "num_nodes must be 0 in a finished row"

@@ -64,16 +64,26 @@ class TokenTree:
         return tree
 
     def rows(self) -> list[tuple[list[int], list[int]]]:
-        """(tokens, parents) of each row without padding, not to be changed. They are read from the
-        device once, and not at all where the tree was made of them.
+        """(tokens, parents) of each row without padding, not to be changed: what the tree was made
+        of, or was when it was `read`.
         """
-        if self._rows is None:
-            width = self.tokens.shape[1]
-            parts = (self.num_nodes[:, None], self.tokens, self.parents)
-            rows = torch.cat(parts, 1).tolist()
-            self._keep([(r[1 : 1 + r[0]], r[1 + width : 1 + width + r[0]]) for r in rows])
-        assert self._rows is not None
-        return self._rows
+        return self.read() if self._rows is None else self._rows
+
+    def read(self) -> list[tuple[list[int], list[int]]]:
+        """The same from the tensors, at once: somebody may have written into them.
+
+        Raises:
+            ValueError: sizes that no row can have.
+        """
+        nodes = self.tokens.shape[1]
+        rows = []
+        parts = (self.num_nodes[:, None], self.tokens, self.parents)
+        for b, (size, *row) in enumerate(torch.cat(parts, 1).tolist()):
+            if not 0 <= size <= nodes:
+                raise ValueError(f"tree: row {b}: num_nodes must be in [0, {nodes}], got {size}")
+            rows.append((row[:size], row[nodes : nodes + size]))
+        self._keep(rows)
+        return rows
 
     def sizes(self) -> list[int]:
         """`num_nodes` on the host."""

@@ -16,6 +16,7 @@ from conftest import make_tiny_model
 from head_checkpoints import LAYERS, save_all
 from pretend_device import DEVICE, moved, pretending
 from prompts import left_pad, random_prompts
+from test_heads import TREES
 from test_speculative_streaming import _saved
 from tiny_models import VOCAB
 from tiny_models import tiny_model as tiny_of
@@ -28,7 +29,6 @@ from specdec_kernels import (
     Budget,
     CostCurve,
     ModelDrafter,
-    SampledTree,
     SpeculativeDecoder,
     TopKTree,
     decoding,
@@ -41,11 +41,6 @@ from specdec_kernels.hf.target import HFTarget
 from specdec_kernels.pass_timer import PassTimer
 
 NEW = 10
-TREES = {
-    "top-k": TopKTree(10, depth=3, width=3),
-    "chain": SampledTree((1, 1, 1)),
-    "greedy drafts": SampledTree((3, 2), greedy_drafts=True),
-}
 SAMPLED = {"do_sample": True, "seed": [1, 2, 3]}
 
 
@@ -239,10 +234,14 @@ TWO_LEVELS = TopKTree(4, depth=2, width=2)
     ("make", "reads", "writes"),
     [
         (lambda heads: None, 0, 0),
-        (lambda heads: PromptLookupDrafter(), 0, 0),
-        (lambda heads: AutoDrafter(heads=None), 1, 0),  # the target's candidates after each node
-        (lambda heads: ModelDrafter(load_heads(heads / "speculator-some"), TWO_LEVELS), 4, 2),
-        (lambda heads: ModelDrafter(load_heads(heads / "eagle-3"), TWO_LEVELS), 4, 4),
+        (lambda heads: PromptLookupDrafter(), 1, 0),  # its trees are checked
+        (
+            lambda heads: AutoDrafter(heads=None),
+            2,
+            0,
+        ),  # the target's candidates after each node, too
+        (lambda heads: ModelDrafter(load_heads(heads / "speculator-some"), TWO_LEVELS), 5, 2),
+        (lambda heads: ModelDrafter(load_heads(heads / "eagle-3"), TWO_LEVELS), 5, 4),
     ],
     ids=["none", "prompt_lookup", "auto", "speculator", "eagle"],
 )

@@ -160,6 +160,17 @@ class _WrongParents(Drafter):
         return proposal
 
 
+class _WrongSizes(Drafter):
+    """The same."""
+
+    max_nodes = 4
+
+    def propose(self, context: DraftContext) -> Proposal:
+        proposal = Proposal.onehot([([s[-1], 5, 6], [-1, 0, 0]) for s in context.sequences])
+        proposal.tree.num_nodes[:] = -1
+        return proposal
+
+
 class _Raises(Drafter):
     """Breaks down in each of its methods."""
 
@@ -193,6 +204,7 @@ FAILING = [
     (_Fixed([5] * 8, [0] * 8), r"tree.tokens must be \[B, N\] .* max_nodes = 8, got \[2, 9\]"),
     (_WrongRoot(), r"row 0: node 0 must be the last committed token"),
     (_WrongParents(), r"row 0: parents\[1\] must be in \[0, 1\), got 2"),
+    (_WrongSizes(), r"tree: row 0: num_nodes must be in \[0, 3\], got -1"),
     (_Nothing(), r"TypeError: propose must return a Proposal, got NoneType"),
 ]
 
