@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -39,7 +39,7 @@ transfers = Transfers()
 
 
 class OnDevice(Tensor):
-    """A tensor of the device; `values` are what the host must not see without a transfer."""
+    """A tensor of the device; the host must not see `values_on_device` without a transfer."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -82,12 +82,14 @@ class _Creation(TorchDispatchMode):
 def pretending() -> Iterator[Transfers]:
     """While entered the device exists; what was transferred since."""
     transfers.reads = transfers.writes = 0
-    if not torch.cuda.is_available():
+    driver: AbstractContextManager[object] = nullcontext()
+    if not torch.cuda.is_available():  # a real one must be woken up all the same
         torch._C._ensureCUDADeviceGuardSet()
+        driver = mock.patch.object(torch.cuda, "_lazy_init")
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     try:
-        with mock.patch.object(torch.cuda, "_lazy_init"), _Creation(), torch.no_grad():
+        with driver, _Creation(), torch.no_grad():
             yield transfers
     finally:
         torch._C._set_only_lift_cpu_tensors(before)

@@ -39,8 +39,10 @@ from specdec_kernels.drafters import PromptLookupDrafter
 from specdec_kernels.hf import DraftModel
 from specdec_kernels.hf.target import HFTarget
 from specdec_kernels.pass_timer import PassTimer
+from specdec_kernels.tree import at_once
 
 NEW = 10
+TWO_LEVELS = TopKTree(4, depth=2, width=2)
 SAMPLED = {"do_sample": True, "seed": [1, 2, 3]}
 
 
@@ -156,12 +158,9 @@ def test_a_draft_model(target, draft_model, events, tree: str) -> None:
     _check_same(_generating(make, **SAMPLED, top_k=9), target, draft_model)
 
 
-def _stop_at_20(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-    return torch.full((len(ids),), ids.shape[1] >= 20, device=ids.device)
-
-
 class _StopAt20(StoppingCriteria):
-    __call__ = staticmethod(_stop_at_20)
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 20, device=input_ids.device)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +210,7 @@ def test_a_conversation_that_goes_on(target, heads, events) -> None:
     _check_same(generate, target)
 
 
-def test_what_lies_elsewhere_is_refused_here_as_there(target) -> None:
+def test_what_lies_elsewhere_is_refused_here_as_there() -> None:
     """The pretended device sees mistakes."""
     with pretending() as transfers:
         there = torch.arange(3, device=DEVICE)
@@ -227,19 +226,14 @@ def test_what_lies_elsewhere_is_refused_here_as_there(target) -> None:
         assert (transfers.reads, transfers.writes) == (3, 1)
 
 
-TWO_LEVELS = TopKTree(4, depth=2, width=2)
-
-
 @pytest.mark.parametrize(
     ("make", "reads", "writes"),
     [
         (lambda heads: None, 0, 0),
-        (lambda heads: PromptLookupDrafter(), 1, 0),  # its trees are checked
-        (
-            lambda heads: AutoDrafter(heads=None),
-            2,
-            0,
-        ),  # the target's candidates after each node, too
+        # whose trees are checked
+        (lambda heads: PromptLookupDrafter(), 1, 0),
+        # which reads the target's candidates after each node, too
+        (lambda heads: AutoDrafter(heads=None), 2, 0),
         (lambda heads: ModelDrafter(load_heads(heads / "speculator-some"), TWO_LEVELS), 5, 2),
         (lambda heads: ModelDrafter(load_heads(heads / "eagle-3"), TWO_LEVELS), 5, 4),
     ],
@@ -251,20 +245,37 @@ def test_a_step_waits_once_for_its_decision(
 ) -> None:
     """And as often as the drafter has to; it gives the trees, positions, and how much is kept."""
     before: list[tuple[int, int]] = []
-    forward = HFTarget.forward
+    forward, verify = HFTarget.forward, decoding.verify
     with pretending() as transfers:
 
         def counted(self: HFTarget, tree: Any) -> torch.Tensor:
             before.append((transfers.reads, transfers.writes))
-            logits = forward(self, tree)
-            assert before[-1] == (transfers.reads, transfers.writes), "within a pass"
-            return logits
+            return forward(self, tree)
+
+        def launched(*args: Any, **kwargs: Any) -> Any:
+            answer = verify(*args, **kwargs)
+            assert before[-1] == (transfers.reads, transfers.writes), "waited for the pass"
+            return answer
 
         monkeypatch.setattr(HFTarget, "forward", counted)
+        monkeypatch.setattr(decoding, "verify", launched)
         inputs = {name: tensor.to(DEVICE) for name, tensor in _inputs().items()}
         _generating(lambda: make(heads), **options)(moved(target), **inputs)
     steps = {(b - a, d - c) for (a, c), (b, d) in itertools.pairwise(before[:-2])}
     assert len(before) > 5 and steps == {(1 + reads, 3 + writes)}
+
+
+def test_what_goes_there_at_once_is_aligned_and_keeps_its_type() -> None:
+    """To 16 bytes, as if each had been allocated: kernels are chosen by that."""
+    odd = torch.tensor([[7], [8], [9]])
+    values = [torch.arange(3), odd.int(), torch.tensor(4), odd.to(torch.int8), odd]
+    with pretending() as transfers:
+        there = at_once(DEVICE, *values)
+        assert (transfers.reads, transfers.writes) == (0, 1)
+        for own, moved_one in zip(values, there, strict=True):
+            assert moved_one.device == DEVICE and moved_one.dtype == own.dtype
+            assert moved_one.storage_offset() * own.element_size() % 16 == 0
+            assert moved_one.tolist() == own.tolist()
 
 
 def test_a_pass_takes_what_the_accelerator_takes(events) -> None:

@@ -134,11 +134,8 @@ class HFTarget:
         cache = self.cache
         new = [list(p[size:]) for p, size in zip(prompts, shared, strict=True)]
         cache.start(torch.tensor(shared, dtype=torch.int32, device=self.device))
-        tree = TokenTree(
-            pad_rows(new, torch.int64, self.device),
-            pad_rows([range(PAD, len(n) - 1) for n in new], torch.int32, self.device, PAD),
-            torch.tensor([len(n) for n in new], dtype=torch.int32, device=self.device),
-        )
+        chains = [(n, range(PAD, len(n) + PAD)) for n in new]
+        tree = TokenTree.from_rows(chains, self.device)
         logits = self._score(tree, only_last=True)
         for watcher in self.watchers:
             watcher.prefilled([0] * len(prompts))
