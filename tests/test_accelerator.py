@@ -268,7 +268,7 @@ def test_a_step_waits_once_for_its_decision(
 def test_what_goes_there_at_once_is_aligned_and_keeps_its_type() -> None:
     """To 16 bytes, as if each had been allocated: kernels are chosen by that."""
     odd = torch.tensor([[7], [8], [9]])
-    values = [torch.arange(3), odd.int(), torch.tensor(4), odd.to(torch.int8), odd]
+    values = [torch.arange(3), odd, odd.int(), torch.tensor(4), odd.to(torch.int8), odd]
     with pretending() as transfers:
         there = at_once(DEVICE, *values)
         assert (transfers.reads, transfers.writes) == (0, 1)

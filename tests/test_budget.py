@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from pathlib import Path
 from random import Random
 
@@ -261,11 +262,14 @@ def test_tune_measures_and_generate_uses_it(
     model = ["--model", str(tmp_path / "model"), "--dtype", "fp32"]
     assert main(["tune", *model, "--repeats", "2", "--output", str(tmp_path / "own.json")]) == 0
     assert "against 1" in capsys.readouterr().out and not cost_file().exists()
+    start = time.perf_counter()
     assert main(["tune", *model, "--repeats", "2"]) == 0
+    elapsed = time.perf_counter() - start
     curves = json.loads(cost_file().read_text())
     ((key, curve),) = curves.items()
     assert key.startswith("llama-2x64-float32-cpu-") and curve["nodes"][0] == 1
     assert curve["seconds"] == sorted(curve["seconds"])
+    assert 0 < sum(curve["seconds"]) < elapsed
 
     # costs that no draft can pay for
     curves[key] = {"nodes": [1, 2], "seconds": [1.0, 99.0]}

@@ -24,13 +24,15 @@ from specdec_kernels import (
     SpeculativeDecoder,
     SuccessorTable,
     TokenRecyclingDrafter,
+    TokenTree,
 )
 from specdec_kernels.budget import CONSERVATIVE
 from specdec_kernels.decoding import decode
 from specdec_kernels.drafters import DRAFTERS, make_drafter
 from specdec_kernels.drafters.adviser import Advice, level_of
 from specdec_kernels.drafters.auto import _Node
-from specdec_kernels.drafters.memory import ContextTable, HitRates
+from specdec_kernels.drafters.base import Verified
+from specdec_kernels.drafters.memory import ContextTable, HitRates, keep_successors
 from specdec_kernels.drafters.network import Level
 from specdec_kernels.drafting import SamplingParams
 from specdec_kernels.hf import EarlyExitModel
@@ -187,6 +189,18 @@ def test_the_tree_holds_the_continuation_of_the_longest_suffix_first() -> None:
     assert scores == sorted(scores, reverse=True) and len(scores) == 2
     tree = drafter.propose(_context([7, 1, 2, 5, 6, 9, 2, 8, 1, 2], 0)).tree
     assert tree.num_nodes.tolist() == [1]
+
+
+def test_what_follows_every_node_is_kept_and_the_accepted_path_has_the_last_word() -> None:
+    logits = torch.randn((2, 3, 20), generator=torch.Generator().manual_seed(0)) * 3
+    tree = TokenTree.from_rows([([5, 6, 5], [-1, 0, 0]), ([7], [-1])])
+    table = SuccessorTable(4)
+    keep_successors(table, Verified(tree, logits, [[0, 1], [0]], [[5, 6], [7]]))
+    for token, (row, node) in {5: (0, 0), 6: (0, 1), 7: (1, 0)}.items():
+        values, best = logits[row, node].log_softmax(0).topk(4)
+        levels = [min(9, int(-1.5 * value)) for value in values.tolist()]
+        assert len(set(levels)) > 1
+        assert table.after(token) == (best.tolist(), levels)
 
 
 def test_a_fixed_tree_is_filled_with_successors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +117,70 @@ def test_beams_that_no_node_of_a_tree_is_worth_are_not_drafted() -> None:
     network.num_levels = 0
     _propose(drafter, Budget(DEAR))  # least score: 0.18
     assert network.num_levels < 6
+
+
+class Table(DraftNetwork):
+    """Another random law after every path, of a row's own; it computes nothing twice or in vain."""
+
+    def law(self, row: int, path: tuple[int, ...]) -> Tensor:
+        seed = hash((row, path)) % 2**32
+        scores = torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
+        return (3 * scores).log_softmax(0)
+
+    def begin(self, batch: int, num_slots: int) -> None:
+        self.paths: list[list[tuple[int, ...]]] = [[] for _ in range(batch)]
+
+    def start(self, context: DraftContext) -> Tensor:
+        return torch.stack([self.law(row, ()) for row in range(len(self.paths))])
+
+    def extend(self, level: Level) -> Tensor:
+        logits = torch.zeros((len(level), max(map(len, level)), VOCAB))
+        for row, nodes in enumerate(level):
+            known = list(self.paths[row])
+            for i, (token, parent) in enumerate(nodes):
+                path = (*(() if parent == -1 else known[parent]), token)
+                self.paths[row].append(path)
+                logits[row, i] = self.law(row, path)
+        return logits
+
+    def _likeliest(
+        self, row: int, path: tuple[int, ...], width: int
+    ) -> Iterator[tuple[float, int]]:
+        values, tokens = self.law(row, path).topk(width)
+        return zip(values.tolist(), tokens.tolist(), strict=True)
+
+    def best(self, row: int, num: int, depth: int, width: int) -> set[tuple[int, ...]]:
+        """The likeliest `num` paths that the beams find, by plain lists."""
+        beams, found = {(): 0.0}, {}
+        for _ in range(depth):
+            below = {
+                (*path, token): score + value
+                for path, score in beams.items()
+                for value, token in self._likeliest(row, path, width)
+            }
+            found |= below
+            beams = {p: below[p] for p in sorted(below, key=below.get, reverse=True)[:width]}
+        return set(sorted(found, key=found.get, reverse=True)[:num])
+
+
+def test_a_tree_holds_the_likeliest_paths_that_beams_find() -> None:
+    depths, width = [5, 2, 0, 3], 3
+    network = Table()
+    drafter = ModelDrafter(network, TopKTree(24, depth=5, width=width))
+    drafter.begin(len(depths))
+    sampling = SamplingParams(torch.zeros(4, dtype=torch.int64), torch.zeros(4))
+    active = [True] * 4
+    context = DraftContext([[3, 4]] * 4, active, depths, torch.device("cpu"), VOCAB, sampling)
+    tree = drafter.propose(context).tree
+    for row, (tokens, parents) in enumerate(tree.rows()):
+        paths: list[tuple[int, ...]] = [()]
+        for token, parent in zip(tokens[1:], parents[1:], strict=True):
+            paths.append((*paths[parent], token))
+        assert set(paths[1:]) == network.best(row, 23, depths[row], width)
+        computed = network.paths[row]
+        assert len(set(computed)) == len(computed)
+        assert all(len(path) < depths[row] for path in computed), "nobody can use what follows"
+    assert max(map(len, network.paths[0])) == 4, "every level must be there"
 
 
 @pytest.mark.parametrize("curve", [FREE, CostCurve((1, 64), (1.0, 2.0))])
