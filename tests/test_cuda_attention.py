@@ -278,6 +278,13 @@ FAULTS = {
         "thread",
         r"data race(?s:.)*async_copy16(?s:.)*attend_mma_kernel",
     ),
+    "rows_over_queries": (  # whose lanes read what they later write, or what another one does
+        "attention_mma.cuh",
+        "__syncwarp();  // all lanes have read q",
+        "",
+        "thread",
+        r"data race(?s:.)*write_own_rows(?s:.)*load_matrices",
+    ),
     "missing_wait_without_tensor_cores": (
         "attention_plain.cuh",
         "cp_async_wait<1>();  // the keys are here, the values may not be",
