@@ -82,6 +82,12 @@ std::string cpu_capability() { return cpu_kernels().name; }
 
 int64_t multiply_registers(int64_t rounds) { return cpu_kernels().multiply_registers(rounds); }
 
+int64_t fingerprint(const Tensor& values) {
+  const Tensor contiguous = packed(values);
+  const int64_t num_bytes = contiguous.numel() * static_cast<int64_t>(contiguous.element_size());
+  return static_cast<int64_t>(cpu_kernels().fingerprint(contiguous.const_data_ptr(), num_bytes));
+}
+
 void declare(std::string op, std::string table) { declare_shapes(op, table); }
 
 }  // namespace
@@ -91,6 +97,7 @@ STABLE_TORCH_LIBRARY(specdec_kernels_native, library) {
   library.def("declare(str op, str table) -> ()");
   library.def("built_with_cuda() -> bool");
   library.def("cpu_capability() -> str");
+  library.def("fingerprint(Tensor values) -> int");
   library.def("multiply_registers(int rounds) -> int");
 }
 
@@ -98,6 +105,7 @@ STABLE_TORCH_LIBRARY_IMPL(specdec_kernels_native, CompositeExplicitAutograd, lib
   library.impl("declare", TORCH_BOX(&specdec::declare));
   library.impl("built_with_cuda", TORCH_BOX(&specdec::built_with_cuda));
   library.impl("cpu_capability", TORCH_BOX(&specdec::cpu_capability));
+  library.impl("fingerprint", TORCH_BOX(&specdec::fingerprint));
   library.impl("multiply_registers", TORCH_BOX(&specdec::multiply_registers));
 }
 

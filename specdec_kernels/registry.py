@@ -223,14 +223,14 @@ def available() -> dict[str, dict[str, str | None]]:
 
 def built_with_cuda() -> bool:
     """Whether the native library holds CUDA kernels."""
-    return NATIVE_LIBRARY.exists() and bool(_native_op("built_with_cuda")())
+    return NATIVE_LIBRARY.exists() and bool(native_op("built_with_cuda")())
 
 
 def cpu_capability() -> str:
     """The instruction set that the native CPU kernels chose: "avx512_bf16", "avx512", "avx2" or
     "default"; "none" if not built.
     """
-    return str(_native_op("cpu_capability")()) if NATIVE_LIBRARY.exists() else "none"
+    return str(native_op("cpu_capability")()) if NATIVE_LIBRARY.exists() else "none"
 
 
 def multiply_registers(rounds: int) -> int:
@@ -240,7 +240,7 @@ def multiply_registers(rounds: int) -> int:
     Returns:
         The operations that this was, two for each product; 0 if the library is not built.
     """
-    return int(_native_op("multiply_registers")(rounds)) if NATIVE_LIBRARY.exists() else 0
+    return int(native_op("multiply_registers")(rounds)) if NATIVE_LIBRARY.exists() else 0
 
 
 def has_matrix_tiles() -> bool:
@@ -251,13 +251,14 @@ def has_matrix_tiles() -> bool:
     return ask is not None and bool(ask())
 
 
-def _native_op(name: str) -> Callable[..., Any]:
+def native_op(name: str) -> Callable[..., Any]:
+    """A function of the native library that is no operator of this package."""
     operator: Callable[..., Any] = getattr(getattr(torch.ops, f"{NAMESPACE}_native"), name).default
     return operator
 
 
 def _declare(name: str, table: str) -> None:
-    _native_op("declare")(name, table)
+    native_op("declare")(name, table)
 
 
 def _has_kernel(name: str, key: str) -> bool:

@@ -59,6 +59,26 @@ def test_adapters_are_part_of_the_model(config: PeftConfig) -> None:
     assert decoder.stats.tokens_per_step > 2.5  # it is its own draft model
 
 
+def test_merged_adapters_are_seen_in_weights_that_were_packed_before() -> None:
+    """PEFT adds them through `weight.data`, which changes no version."""
+    model = _adapted(LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    decoder = SpeculativeDecoder(pack=True)
+    base = make_tiny_model().generate(**INPUTS)
+
+    def check(model: torch.nn.Module) -> torch.Tensor:
+        expected = model.generate(**INPUTS)
+        assert torch.equal(model.generate(**INPUTS, custom_generate=decoder), expected)
+        return expected
+
+    with model.disable_adapter():
+        assert torch.equal(check(model), base)
+    model.merge_adapter()
+    assert not torch.equal(check(model), base)
+    model.unmerge_adapter()
+    check(model)
+    check(model.merge_and_unload())
+
+
 def test_rows_have_adapters_of_their_own() -> None:
     model = _adapted(LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     model.add_adapter("b", LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False))

@@ -47,9 +47,10 @@ def test_the_native_library_needs_nothing_newer_than_torch_2_10() -> None:
 @pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
 def test_every_instruction_set_passes_the_operator_tests(capability: str) -> None:
     """In a child process: the choice is made when the library is loaded."""
+    names = ("ops", "reference", "fingerprint")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu",
-         str(ROOT / "tests" / "test_ops.py"), str(ROOT / "tests" / "test_reference.py")],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+         "-k", "cpu or fingerprint", *(str(ROOT / "tests" / f"test_{name}.py") for name in names)],
         env={**os.environ, "SPECDEC_CPU_CAPABILITY": capability},
         capture_output=True, text=True, cwd=ROOT, check=False,
     )  # fmt: skip

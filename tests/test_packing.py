@@ -126,19 +126,43 @@ def test_another_dtype_and_gradients_take_the_layer_s_own_way(layers, dtype) -> 
             assert layer(torch.zeros(1, 96).to(dtype)).requires_grad
 
 
-@pytest.mark.parametrize("how", ["in place", "replaced", "data"])
-def test_a_changed_weight_is_packed_anew(layers, dtype, how: str) -> None:
+def _replace(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(-layer.weight)
+
+
+def _set_data(layer: nn.Linear) -> None:
+    layer.weight.data = -layer.weight.data
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.weight.mul_(-1),
+        lambda layer: layer.weight.data.mul_(-1),  # as PEFT merges, and as weights are averaged
+        _replace,
+        _set_data,
+    ],
+    ids=["in-place", "through-data", "replaced", "other-data"],
+)
+def test_a_changed_weight_is_packed_anew(layers, dtype, change) -> None:
     layer, x = layers["plain"], torch.randn(3, 96).to(dtype)
     with packed_linears(layers, True):
         before = layer(x)
-    if how == "in place":
-        layer.weight.mul_(-1)
-    elif how == "replaced":
-        layer.weight = nn.Parameter(-layer.weight)
-    else:
-        layer.weight.data = -layer.weight.data
+    change(layer)
     with packed_linears(layers, True):
         assert torch.equal(layer(x), -before)
+
+
+def test_weights_of_inference_mode_count_no_versions(dtype) -> None:
+    with torch.inference_mode():
+        layers = nn.ModuleDict({"plain": nn.Linear(96, 40)}).to(dtype)
+        layer, x = layers["plain"], torch.randn(3, 96).to(dtype)
+        for _ in range(2):
+            with packed_linears(layers, True):
+                assert _packed(layers) == {"plain"}
+                packed = layer(x)
+            torch.testing.assert_close(packed, layer(x), rtol=ROUNDING[dtype], atol=1e-6)
+            layer.weight.neg_()
 
 
 def test_layers_with_a_forward_of_their_own_keep_it(layers) -> None:

@@ -26,6 +26,7 @@ struct CpuKernels {
   void (*before_attention)(const BeforeAttentionParams&);
   void (*build_tree)(const BuildTreeParams&);
   void (*commit)(const CommitParams&);
+  uint64_t (*fingerprint)(const void* values, int64_t num_bytes);
   void (*layer_stack)(const LayerStackParams&);
   int64_t (*multiply_registers)(int64_t rounds);  // on each thread; how many operations that was
   void (*packed_linear)(const PackedLinearParams&);

@@ -7,6 +7,7 @@ void after_attention(const AfterAttentionParams&);
 void before_attention(const BeforeAttentionParams&);
 void build_tree(const BuildTreeParams&);
 void commit(const CommitParams&);
+uint64_t fingerprint(const void*, int64_t);
 void layer_stack(const LayerStackParams&);
 int64_t multiply_registers(int64_t);
 void packed_linear(const PackedLinearParams&);
@@ -20,9 +21,9 @@ void verify(const VerifyParams&);
 void write_kv(const WriteKvParams&);
 
 extern const CpuKernels kernels;
-const CpuKernels kernels{SPECDEC_ISA_NAME, after_attention,    before_attention, build_tree, commit,
-                         layer_stack,      multiply_registers, packed_linear,    rms_norm,   rope,
-                         sample,           topk_logprobs,      tree_attention,   tree_mask,  verify,
-                         write_kv};
+const CpuKernels kernels{
+    SPECDEC_ISA_NAME, after_attention,    before_attention, build_tree, commit,  fingerprint,
+    layer_stack,      multiply_registers, packed_linear,    rms_norm,   rope,    sample,
+    topk_logprobs,    tree_attention,     tree_mask,        verify,     write_kv};
 
 }  // namespace specdec::SPECDEC_ISA

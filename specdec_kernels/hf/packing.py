@@ -12,6 +12,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..fingerprint import fingerprint
 from ..layouts import Layout, Panels, layout_of
 from ..registry import has_matrix_tiles
 from .large_pages import LargePages
@@ -130,8 +131,8 @@ def _is_packed(linear: nn.Linear) -> bool:
 
 
 def _state(weight: Tensor) -> Any:
-    """Changes when the weight is replaced, or edited in place."""
-    return weight.data_ptr(), weight._version, weight.shape, weight.dtype
+    """Changes when the weight is replaced, or edited in place, through `weight.data` as well."""
+    return weight.shape, weight.dtype, fingerprint(weight)
 
 
 def _fits(linears: list[nn.Linear]) -> bool:
