@@ -174,7 +174,7 @@ def decode(
                     recorder(row, logits[row, along], scored(row, along))
         kept = _push_step(rows, stats, tree, emitted)
         # Stop rules come first: tokens after a stop are never committed.
-        target.commit(results[0], torch.tensor(kept, dtype=torch.int32))
+        target.commit(results[0], torch.tensor(kept, dtype=torch.int32, device="cpu"))
         seconds = timer.seconds()
         stats.forward_seconds += seconds
         stats.verify_seconds += max(0.0, time.perf_counter() - drafted - seconds)

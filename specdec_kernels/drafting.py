@@ -222,7 +222,8 @@ class ProposalBuilder(Forest):
                     f"got {list(per_row.shape)}"
                 )
             options[name] = per_row.expand(batch)[rows]
-        temperature = options.setdefault("temperature", torch.zeros(len(rows), device=self._device))
+        greedy = torch.zeros(len(rows), dtype=torch.float32, device=self._device)
+        temperature = options.setdefault("temperature", greedy)
         floor = torch.full_like(temperature, _LEAST_SHARE)
         options["min_p"] = options.get("min_p", floor).maximum(floor)
         return options
@@ -300,6 +301,6 @@ def _without_top(
     top = top.masked_fill((status != OK)[:, None], PAD)
     is_left = torch.ones_like(scores, dtype=torch.bool)
     is_left.scatter_(1, torch.where(top == PAD, top[:, :1], top).clamp_min(0), False)
-    temperature = torch.where(is_greedy, 0.0, 1.0)
+    temperature = (~is_greedy).float()
     keys = {name: options[name] for name in ("seeds", "positions")}
     return scores, top, {**keys, "temperature": temperature, "mask": is_left}

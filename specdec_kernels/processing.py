@@ -107,10 +107,10 @@ def walk_processed(
         of each visited (row, node).
     """
     batch, nodes, _ = logits.shape
-    path = torch.full((batch, nodes), PAD, dtype=torch.int32)
-    accepted = torch.zeros(batch, dtype=torch.int32)
-    following = torch.full((batch,), PAD, dtype=torch.int64)
-    status = torch.full((batch,), OK, dtype=torch.int32)
+    path = torch.full((batch, nodes), PAD, dtype=torch.int32, device="cpu")
+    accepted = torch.zeros(batch, dtype=torch.int32, device="cpu")
+    following = torch.full((batch,), PAD, dtype=torch.int64, device="cpu")
+    status = torch.full((batch,), OK, dtype=torch.int32, device="cpu")
     children = _children(tree, rows)
     visited: dict[tuple[int, int], Tensor] = {}
     at = dict.fromkeys(rows, 0)

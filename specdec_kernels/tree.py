@@ -57,7 +57,7 @@ class TokenTree:
                 device,
                 pad_rows([tokens for tokens, _ in rows], torch.int64),
                 pad_rows([parents for _, parents in rows], torch.int32, value=PAD),
-                torch.tensor([len(tokens) for tokens, _ in rows], dtype=torch.int32),
+                torch.tensor([len(tokens) for tokens, _ in rows], dtype=torch.int32, device="cpu"),
             )
         )
         tree._keep([(list(tokens), list(parents)) for tokens, parents in rows])

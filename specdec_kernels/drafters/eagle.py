@@ -170,9 +170,9 @@ class EagleHead(TrainedHeads):
         known = [before + count for before, count in zip(self._known, counts, strict=True)]
         lengths, last, self._lengths = at_once(
             device,
-            torch.tensor(self._known, dtype=torch.int32),
-            torch.tensor([max(count, 1) - 1 for count in counts]),
-            torch.tensor(known, dtype=torch.int32),
+            torch.tensor(self._known, dtype=torch.int32, device="cpu"),
+            torch.tensor([max(count, 1) - 1 for count in counts], device="cpu"),
+            torch.tensor(known, dtype=torch.int32, device="cpu"),
         )
         if not any(self._known):
             hidden = self._prefill(pad_rows(new, torch.int64, device), fused)

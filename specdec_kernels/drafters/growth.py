@@ -98,11 +98,11 @@ class Growth:
         batch = len(sizes)
         of_rows, own, at, of, ancestors, depths = at_once(
             self._device,
-            torch.tensor([firsts, counts, sizes], dtype=torch.int32),
+            torch.tensor([firsts, counts, sizes], dtype=torch.int32, device="cpu"),
             pad_rows(tokens, torch.int64),
-            torch.tensor(places, dtype=torch.int64).view(batch, width),
-            torch.tensor(sources, dtype=torch.int64).view(batch, nodes),
-            torch.tensor(bits, dtype=torch.int64).view(batch, nodes, words),
+            torch.tensor(places, dtype=torch.int64, device="cpu").view(batch, width),
+            torch.tensor(sources, dtype=torch.int64, device="cpu").view(batch, nodes),
+            torch.tensor(bits, dtype=torch.int64, device="cpu").view(batch, nodes, words),
             pad_rows(self._depths, torch.int32),
         )
         first, count, num_nodes = of_rows.unbind()

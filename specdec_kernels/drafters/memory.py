@@ -110,10 +110,10 @@ class SuccessorTable:
 
     def save(self, path: Path) -> None:
         """Write the table to a file."""
-        tokens = torch.tensor(list(self._successors), dtype=torch.int32)
+        tokens = torch.tensor(list(self._successors), dtype=torch.int32, device="cpu")
         rows = list(self._successors.values())
-        successors = torch.tensor([row[0] for row in rows], dtype=torch.int32)
-        levels = torch.tensor([row[1] for row in rows], dtype=torch.int8)
+        successors = torch.tensor([row[0] for row in rows], dtype=torch.int32, device="cpu")
+        levels = torch.tensor([row[1] for row in rows], dtype=torch.int8, device="cpu")
         shape = (len(rows), self.k)
         torch.save(
             {

@@ -229,10 +229,12 @@ class TopKTree(TreePlan):
                 with self._pace.of_level():
                     beams.open(network.extend(level)[:, :, : context.vocab_size], network.offsets)
         tokens, parents, sizes, scores = build_tree(
-            torch.tensor([sequence[-1] for sequence in context.sequences]),
+            torch.tensor([sequence[-1] for sequence in context.sequences], device="cpu"),
             beams.candidates.flatten(2),
             beams.logprobs.flatten(2),
-            torch.tensor([0 if most < 0 else self.max_nodes for most in depths]).int(),
+            torch.tensor(
+                [0 if most < 0 else self.max_nodes for most in depths], device="cpu"
+            ).int(),
             beams.parents.flatten(2),
             max_nodes=self.max_nodes,
         )
@@ -256,10 +258,12 @@ class _Beams:
 
     def __init__(self, depths: Sequence[int], depth: int, width: int, max_nodes: int) -> None:
         shape = (len(depths), depth, width, width)  # by beam of the level before, and rank
-        self.candidates = torch.full(shape, PAD)
-        self.logprobs = torch.full(shape, -torch.inf)
-        self.parents = torch.full(shape, PAD, dtype=torch.int32)
-        self._scores = torch.full(shape, -torch.inf)  # of the path
+        self.candidates = torch.full(shape, PAD, device="cpu")
+        self.logprobs = torch.full(shape, -torch.inf, dtype=torch.float32, device="cpu")
+        self.parents = torch.full(shape, PAD, dtype=torch.int32, device="cpu")
+        self._scores = torch.full(
+            shape, -torch.inf, dtype=torch.float32, device="cpu"
+        )  # of the path
         self._depths = depths
         self._width = width
         self._max_nodes = max_nodes
@@ -289,7 +293,7 @@ class _Beams:
             if not beams or level >= self._depths[b]:
                 continue
             here = (b, level, slice(len(beams)), slice(k))
-            new, above = logprobs[b, : len(beams)], torch.tensor(beams)
+            new, above = logprobs[b, : len(beams)], torch.tensor(beams, device="cpu")
             self.candidates[here] = tokens[b, : len(beams)]
             self.logprobs[here] = new
             self.parents[here] = above[:, None].int()

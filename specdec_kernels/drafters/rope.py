@@ -33,7 +33,7 @@ class Rotary:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in _TYPES:
             raise checkpoint.refuse("rope type", kind, f"one of {', '.join(_TYPES)}")
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
         rates = theta**-exponents  # radians per position
         if kind == "linear":
             rates = rates / float(scaling["factor"])

@@ -34,7 +34,7 @@ class TrainedHeads(DraftNetwork):
         self.folder = checkpoint.folder
         self.target_size, self.vocab_size = target_size, vocab_size
         self.weights: dict[str, Tensor] = {}
-        self._ids = torch.arange(vocab_size)
+        self._ids = torch.arange(vocab_size, device="cpu")
         self._packed = PackedWeights()
 
     @property
@@ -52,7 +52,7 @@ class TrainedHeads(DraftNetwork):
         if "d2t" not in checkpoint and size == self.vocab_size:
             return
         self.offsets = checkpoint.take("d2t", [size]).long()
-        self._ids = ids = self.offsets + torch.arange(size)
+        self._ids = ids = self.offsets + torch.arange(size, device="cpu")
         low, high, num = int(ids.min()), int(ids.max()), len(ids.unique())
         if num < len(ids) or low < 0 or high >= self.vocab_size:
             raise ValueError(

@@ -51,7 +51,9 @@ def measure_cost(
     sizes = sorted({1, *nodes})
     target = HFTarget(model, num_prefix + max(sizes))
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(target.vocab_size, (num_prefix + max(sizes),), generator=generator)
+    tokens = torch.randint(
+        target.vocab_size, (num_prefix + max(sizes),), generator=generator, device="cpu"
+    )
     drafts = tokens[num_prefix:].tolist()
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     timer = PassTimer(target.device)

@@ -180,7 +180,7 @@ class DraftModel(DraftNetwork):
         if len(self._own_ids) != len(ids) or min(self._own_ids, default=0) < 0:
             raise ValueError(f"draft model {name}: ids must be distinct and >= 0")
         self._num_drafted = len(ids)
-        self.offsets = ids - torch.arange(len(ids))
+        self.offsets = ids - torch.arange(len(ids), device=ids.device)
 
     def _check_positions(self, context: DraftContext) -> None:
         limit = num_positions(self.model)

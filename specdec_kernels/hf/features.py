@@ -59,8 +59,8 @@ class HFTargetView:
             ValueError: no such layers in this model.
         """
         size = self.hidden_size * max(1, len(layers))
-        features = _Features(len(layers), only_last, torch.empty((0, size), dtype=self.dtype))
-        features.empty = features.empty.to(self.device)
+        empty = torch.empty((0, size), dtype=self.dtype, device=self.device)
+        features = _Features(len(layers), only_last, empty)
         with ExitStack() as hooks:
             for i, module in enumerate(self._layers(layers)):
                 hook = module.register_forward_pre_hook(features.hook(i), with_kwargs=True)

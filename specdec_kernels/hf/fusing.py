@@ -103,8 +103,10 @@ def _computes_rms_norm(module: Any) -> bool:
     if dtype not in known:
         generator = torch.Generator().manual_seed(0)
         shape = (16, len(module.weight))
-        x = torch.randn(shape, generator=generator).to(dtype)
-        weight = torch.rand(shape[1], generator=generator).to(dtype)  # ones would hide a formula
+        x = torch.randn(shape, generator=generator, device="cpu").to(dtype)
+        weight = torch.rand(shape[1], generator=generator, device="cpu").to(
+            dtype
+        )  # ones would hide a formula
         try:
             with torch.no_grad():
                 own = torch.func.functional_call(module, {"weight": weight}, (x,))
@@ -164,7 +166,7 @@ def _computes_rope(function: Rope, dtype: torch.dtype) -> bool:
     if dtype not in known:
         generator = torch.Generator().manual_seed(0)
         q, k, cos, sin = (
-            torch.randn(shape, generator=generator).to(dtype)
+            torch.randn(shape, generator=generator, device="cpu").to(dtype)
             for shape in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8))
         )
         is_one = tuple(inspect.signature(function).parameters) == _ROPE_PARAMETERS

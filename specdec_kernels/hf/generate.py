@@ -207,7 +207,9 @@ class SpeculativeDecoder:
             )
             target.cache.hold(sequences)
         self.totals.add(self.stats)
-        new = [torch.tensor(s[len(p) :]) for s, p in zip(sequences, prompts, strict=True)]
+        new = [
+            torch.tensor(s[len(p) :], device="cpu") for s, p in zip(sequences, prompts, strict=True)
+        ]
         pad = config.pad_token_id if config.pad_token_id is not None else stop.default_pad
         generated = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=pad)
         output = torch.cat([input_ids, generated.to(input_ids)], 1)
@@ -234,7 +236,7 @@ class SpeculativeDecoder:
 
     def _listen(self, row: int, tokens: list[int], num_accepted: int) -> None:
         if self.streamer is not None:
-            self.streamer.put(torch.tensor(tokens))
+            self.streamer.put(torch.tensor(tokens, device="cpu"))
         if self.listener is not None:
             self.listener(row, tokens, num_accepted)
 

@@ -226,7 +226,7 @@ def _twin(layer: Any) -> Any:
         part._forward_pre_hooks.clear()
     for parameter in twin.parameters():
         size = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
-        random = torch.randn(parameter.shape, generator=generator) * size
+        random = torch.randn(parameter.shape, generator=generator, device="cpu") * size
         parameter.data = random.to(parameter.dtype)
     return twin
 
@@ -243,7 +243,7 @@ def _rehearse(layer: Any, twin: Any) -> dict[str, Any] | None:
     try:
         halves = Halves(twin, lambda linear: panels_of(linear.weight))
         x, cos, sin = (
-            torch.randn((2, 3, size), generator=generator).to(halves.dtype)
+            torch.randn((2, 3, size), generator=generator, device="cpu").to(halves.dtype)
             for size in (halves.size, halves.head_dim, halves.head_dim)
         )
         with torch.no_grad(), lending([config]), handing(rehearsal):

@@ -131,7 +131,8 @@ def fused_bias(processors: Sequence[Any], vocab_size: int, device: torch.device)
         if not is_constant and type(processor) is not SuppressTokensLogitsProcessor:
             return None
         ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
-        added.append(processor(ids, torch.zeros((1, vocab_size), device=device))[0])
+        nothing = torch.zeros((1, vocab_size), dtype=torch.float32, device=device)
+        added.append(processor(ids, nothing)[0])
     # several finite ones would round differently from one after the other
     if sum(bool((b.isfinite() & (b != 0)).any()) for b in added) > 1:
         return None

@@ -76,7 +76,8 @@ def _attend_chain(
         nodes = block.shape[2]
         ancestors, depths = _chain(batch, nodes)
         lengths, sizes = (
-            torch.full((batch,), number, dtype=torch.int32) for number in (start + first, nodes)
+            torch.full((batch,), number, dtype=torch.int32, device="cpu")
+            for number in (start + first, nodes)
         )
         out, _ = tree_attention(
             block, key, value, ancestors, depths, lengths, sizes,
@@ -89,7 +90,11 @@ def _attend_chain(
 @lru_cache(maxsize=8)
 def _chain(batch: int, nodes: int) -> tuple[Tensor, Tensor]:
     """Ancestors and depths of chains."""
-    parents = torch.arange(PAD, nodes + PAD, dtype=torch.int32).expand(batch, -1).contiguous()
-    sizes = torch.full((batch,), nodes, dtype=torch.int32)
+    parents = (
+        torch.arange(PAD, nodes + PAD, dtype=torch.int32, device="cpu")
+        .expand(batch, -1)
+        .contiguous()
+    )
+    sizes = torch.full((batch,), nodes, dtype=torch.int32, device="cpu")
     made: tuple[Tensor, Tensor] = tree_mask(parents, sizes)
     return made

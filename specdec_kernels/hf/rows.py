@@ -90,7 +90,7 @@ def row_seeds(seed: int | Sequence[int] | None, batch: int, num_return: int) -> 
         TypeError: a seed that is no integer.
     """
     if seed is None:
-        return torch.randint(0, 2**62, (batch,)).tolist()
+        return torch.randint(0, 2**62, (batch,), device="cpu").tolist()
     given: Any = seed  # a tensor, too
     try:
         seeds = [index(given) + row % num_return for row in range(batch)]

@@ -183,7 +183,9 @@ def check_position_ids(position_ids: Tensor | None, prompts: list[list[int]]) ->
         return
     for row, prompt in enumerate(prompts):
         own = position_ids[..., row if position_ids.shape[-2] > 1 else 0, -len(prompt) :]
-        if own.shape[-1] != len(prompt) or bool((own != torch.arange(len(prompt)).to(own)).any()):
+        if own.shape[-1] != len(prompt) or bool(
+            (own != torch.arange(len(prompt), device=own.device)).any()
+        ):
             raise ValueError(
                 f"position_ids of row {row} must be 0, 1, ... {len(prompt) - 1} over its tokens, "
                 f"got {own.flatten()[:8].tolist()}"

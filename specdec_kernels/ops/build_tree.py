@@ -112,13 +112,13 @@ def build_tree(
         budget = min(max(int(budgets[b]), 0), max_nodes)
         rows.append(_grow(int(roots[b]), candidates[b].tolist(), logprobs[b], parents, budget))
     shape = (len(rows), max_nodes)
-    tokens = torch.zeros(shape, dtype=torch.int64)
-    tree_parents = torch.full(shape, PAD, dtype=torch.int32)
-    scores = torch.full(shape, -torch.inf)
+    tokens = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    tree_parents = torch.full(shape, PAD, dtype=torch.int32, device="cpu")
+    scores = torch.full(shape, -torch.inf, dtype=torch.float32, device="cpu")
     for b, row in enumerate(rows):
         for i, (token, parent, score) in enumerate(row):
             tokens[b, i], tree_parents[b, i], scores[b, i] = token, parent, score
-    sizes = torch.tensor([len(row) for row in rows], dtype=torch.int32)
+    sizes = torch.tensor([len(row) for row in rows], dtype=torch.int32, device="cpu")
     device = roots.device
     return tokens.to(device), tree_parents.to(device), sizes.to(device), scores.to(device)
 
