@@ -9,15 +9,12 @@
 namespace specdec::SPECDEC_ISA {
 namespace {
 
-constexpr int kUnrolled = 4;
-constexpr int64_t kWords = kLanes / 2;               // of 64 bits in a register
-constexpr int64_t kStep = kUnrolled * kWords;        // words of a round
-constexpr int64_t kChunk = 8192 / kStep * kStep;     // words of a task
-constexpr int64_t kAhead = 4096 / sizeof(uint64_t);  // words to prefetch ahead
+constexpr int kStreams = 4;             // read side by side, in which more of memory is awake
+constexpr int64_t kWords = kLanes / 2;  // of 64 bits in a register
+constexpr int64_t kChunk = 8192;        // words of a task
+constexpr uint32_t kKeys = 0x9E3779B1;  // apart
 
 typedef uint64_t Words __attribute__((vector_size(kLanes * 4)));
-
-constexpr uint32_t kKeys = 0x9E3779B1;  // apart
 
 uint32_t key(int64_t half) { return static_cast<uint32_t>(half + 1) * kKeys; }
 
@@ -34,35 +31,34 @@ Words multiply_halves(Uint values) {
 #endif
 }
 
+uint64_t multiply_keyed(const uint32_t* halves, int64_t word) {
+  return uint64_t{halves[0] + key(2 * word)} * (halves[1] + key(2 * word + 1));
+}
+
 uint64_t sum_of(const char* bytes, int64_t begin, int64_t end) {
-  Words sums[kUnrolled] = {};
-  Uint keys[kUnrolled];
-  for (int j = 0; j < kUnrolled; ++j) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      keys[j][lane] = key(2 * (begin + j * kWords) + lane);
-    }
+  const int64_t part = (end - begin) / kStreams / kWords * kWords;
+  Words sums[kStreams] = {};
+  Uint keys[kStreams];
+  for (int j = 0; j < kStreams; ++j) {
+    for (int lane = 0; lane < kLanes; ++lane) keys[j][lane] = key(2 * (begin + j * part) + lane);
   }
-  constexpr uint32_t kNext = static_cast<uint32_t>(2 * kStep) * kKeys;
-  int64_t word = begin;
-  for (; word + kStep <= end; word += kStep) {
+  for (int64_t word = begin; word < begin + part; word += kWords) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kUnrolled; ++j) {
-      const char* source = bytes + (word + j * kWords) * 8;
-      if (j % (64 / (kLanes * 4)) == 0) __builtin_prefetch(source + kAhead * 8, 0, 2);
+    for (int j = 0; j < kStreams; ++j) {
       Uint values;
-      std::memcpy(&values, source, sizeof values);
+      std::memcpy(&values, bytes + (word + j * part) * 8, sizeof values);
       sums[j] += multiply_halves(values + keys[j]);
-      keys[j] += kNext;
+      keys[j] += static_cast<uint32_t>(kLanes) * kKeys;
     }
   }
   uint64_t total = 0;
   for (const Words& lanes : sums) {
     for (int lane = 0; lane < kWords; ++lane) total += lanes[lane];
   }
-  for (; word < end; ++word) {
+  for (int64_t word = begin + kStreams * part; word < end; ++word) {
     uint32_t halves[2];
     std::memcpy(halves, bytes + word * 8, sizeof halves);
-    total += uint64_t{halves[0] + key(2 * word)} * (halves[1] + key(2 * word + 1));
+    total += multiply_keyed(halves, word);
   }
   return total;
 }
@@ -78,7 +74,7 @@ uint64_t fingerprint(const void* values, int64_t num_bytes) {
   });
   uint32_t halves[2] = {};
   std::memcpy(halves, bytes + words * 8, static_cast<size_t>(rest));
-  return total + uint64_t{halves[0] + key(2 * words)} * (halves[1] + key(2 * words + 1));
+  return total + multiply_keyed(halves, words);
 }
 
 }  // namespace specdec::SPECDEC_ISA
