@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops import tree_attention
 from .dense_attention import attend_densely
@@ -220,6 +222,53 @@ def attend(
     attention_mask: Tensor | None,
     *,
     specdec: TreeCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function of transformers: q [B, H, N, D], k/v [B, G, S, D] -> out [B, N, H, E].
+
+    Who calls the model while it speculates, a logits processor or another thread, gets the model's
+    own attention, also for the rest of a pass that began before.
+    """
+    call = specdec if specdec is not None else _call.get()
+    own = None if call is not None else _own_attention(module)
+    if own is not None:
+        result: tuple[Tensor, Tensor | None]
+        result = own(module, query, key, value, attention_mask, **kwargs)
+        return result
+    return _attend(call, module, query, key, value, attention_mask, **kwargs), None
+
+
+def make_mask(*, config: Any, **arguments: Any) -> Any:
+    """Mask function of transformers, for whom `attend` serves."""
+    name = _own_name(config)
+    if name == NAME or _call.get() is not None:
+        return mark_locality(**arguments)
+    return ALL_MASK_ATTENTION_FUNCTIONS[name](config=config, **arguments)
+
+
+def _own_name(config: Any) -> str:
+    own, _ = _loans.get(id(config), (config._attn_implementation_internal, None))
+    return own or "eager"
+
+
+def _own_attention(module: nn.Module) -> Callable[..., Any] | None:
+    """What the model attends by when it is lent nothing; None where that is unknown."""
+    config = getattr(module, "config", None)
+    if config is None or (name := _own_name(config)) == NAME:
+        return None
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    own: Callable[..., Any] | None = ALL_ATTENTION_FUNCTIONS.get(name, eager)
+    return own
+
+
+def _attend(
+    call: Call | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -227,13 +276,11 @@ def attend(
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention function of transformers: q [B, H, N, D], k/v [B, G, S, D] -> out [B, N, H, E].
-
-    Whatever changes the result is a named parameter: nothing that matters may vanish in `kwargs`.
+) -> Tensor:
+    """Whatever changes the result is a named parameter: nothing that matters may vanish in
+    `kwargs`.
     """
     check_keywords(module, kwargs, is_causal)
-    call = specdec if specdec is not None else _call.get()
     options: dict[str, Any] = {
         "scale": float(scaling if scaling is not None else query.shape[3] ** -0.5),
         "softcap": softcap or 0.0,
@@ -242,10 +289,10 @@ def attend(
     if isinstance(call, Rehearsal):
         call.given, call.options = (query, key, value), options
         call.sliding_window = sliding_window
-        return query.transpose(1, 2), None
+        return query.transpose(1, 2)
     layer = getattr(module, "layer_idx", None)
     if isinstance(call, TreeCall):
-        return attend_tree(call, layer, query, key, value, **options).transpose(1, 2), None
+        return attend_tree(call, layer, query, key, value, **options).transpose(1, 2)
     locality = locality_of(type(module).__name__, attention_mask, sliding_window)
     if isinstance(call, Localities) and layer is not None:
         call.by_layer[layer] = locality
@@ -253,12 +300,12 @@ def attend(
         raise ValueError(f"{type(module).__name__}: local attention in a layer without layer_idx")
     ragged = _ragged.get()
     if ragged is None:
-        return attend_prompt(query, key, value, locality, **options), None
+        return attend_prompt(query, key, value, locality, **options)
     rows = [
         attend_prompt(q, k, v, locality, **options)
         for q, k, v in zip(*(x.split(ragged.sizes, 2) for x in (query, key, value)), strict=True)
     ]
-    return torch.cat(rows, 1), None
+    return torch.cat(rows, 1)
 
 
 def attend_tree(
@@ -323,4 +370,4 @@ def check_keywords(
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, mark_locality)
+AttentionMaskInterface.register(NAME, make_mask)

@@ -60,7 +60,7 @@ class HFTargetView:
         """
         size = self.hidden_size * max(1, len(layers))
         empty = torch.empty((0, size), dtype=self.dtype, device=self.device)
-        features = _Features(len(layers), only_last, empty)
+        features = _Features(self.target, len(layers), only_last, empty)
         with ExitStack() as hooks:
             for i, module in enumerate(self._layers(layers)):
                 hook = module.register_forward_pre_hook(features.hook(i), with_kwargs=True)
@@ -89,7 +89,8 @@ class _Features:
 
     wants_rows = False
 
-    def __init__(self, num_layers: int, only_last: bool, empty: Tensor) -> None:
+    def __init__(self, target: HFTarget, num_layers: int, only_last: bool, empty: Tensor) -> None:
+        self._target = target
         self.empty = empty
         self.wants_all = not only_last
         self._only_last = only_last
@@ -97,16 +98,20 @@ class _Features:
         self._pending: list[list[Tensor]] = []
 
     def hook(self, part: int) -> Any:
-        """Keeps the input of a layer."""
+        """Keeps the input of a layer. PyTorch gives a hook no keywords while another thread adds or
+        removes it.
+        """
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._parts[part] = by_rows(args[0] if args else kwargs["hidden_states"])
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+            if self._target.is_running():
+                self._parts[part] = by_rows(args[0] if args else kwargs["hidden_states"])
 
         return keep
 
     def last_hook(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keeps the output of the decoder."""
-        self._parts[0] = by_rows(output[0])
+        if self._target.is_running():
+            self._parts[0] = by_rows(output[0])
 
     def prefilled(self, lengths: Sequence[int]) -> None:
         """See `Watcher`."""

@@ -25,6 +25,8 @@ _ROPE = "apply_rotary_pos_emb"
 """What the modeling files of transformers call it."""
 _ROPE_PARAMETERS = ("q", "k", "cos", "sin", "unsqueeze_dim")
 
+_lock = threading.RLock()
+
 Rope = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -40,12 +42,34 @@ def fast_layers(
     sums are made in another order.
 
     Args:
-        pack: see `packed_linears`.
+        pack: see `packed_linears`; of those who use it at once the first decides.
         compiled: `torch.compile` sees the model, and fuses by itself.
     """
     if torch.is_autocast_enabled("cpu"):  # which would cast what each layer multiplies
         yield
         return
+    with _lock:
+        if id(model) not in _lent:
+            _lent[id(model)] = (_lend_all(model, pack, compiled), [])
+        _lent[id(model)][1].append(None)
+    try:
+        yield
+    finally:
+        with _lock:
+            lent, users = _lent[id(model)]
+            users.pop()
+            if not users:
+                del _lent[id(model)]
+                lent.close()
+
+
+_lent: dict[int, tuple[ExitStack, list[None]]] = {}
+"""By a model's id: what gives it back, and an item for each who uses it. Threads may share a model,
+and a model may draft for itself: nothing of it may change within a pass.
+"""
+
+
+def _lend_all(model: nn.Module, pack: bool | None, compiled: bool) -> ExitStack:
     parts = None if compiled else _parts_of(model)  # before any is lent a forward
     with ExitStack() as lent:
         lent.enter_context(packed_linears(model, pack, compiled=compiled))
@@ -53,7 +77,7 @@ def fast_layers(
             lent.enter_context(lent_forwards(parts.norms, _norm_forward))
             lent.enter_context(_fused_rope(model))
             lent.enter_context(parts.layers.lent())
-        yield
+        return lent.pop_all()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +202,6 @@ def _computes_rope(function: Rope, dtype: torch.dtype) -> bool:
     return known[dtype]
 
 
-_lock = threading.RLock()
 _loans: dict[Any, tuple[Rope, list[torch.dtype]]] = {}
 """Modeling file -> its own function, and for each who uses the other one the dtype of the model.
 Threads may share a file.

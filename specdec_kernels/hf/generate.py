@@ -44,6 +44,7 @@ from .support import (
     split_processors,
 )
 from .target import HFTarget
+from .turns import turn
 
 
 class SpeculativeDecoder:
@@ -132,15 +133,18 @@ class SpeculativeDecoder:
         Raises:
             ValueError: what cannot be exact (see `support.py`), or an invalid proposal.
         """
+        # the texts of compiled steps share their graphs
+        shared = (self, self.drafter) + ((model,) if self.compile else ())
         try:
-            return self._run(
-                model,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                model_inputs,
-            )
+            with turn(thing for thing in shared if thing is not None):
+                return self._run(
+                    model,
+                    input_ids,
+                    logits_processor,
+                    stopping_criteria,
+                    generation_config,
+                    model_inputs,
+                )
         finally:
             if self.streamer is not None:
                 self.streamer.end()  # also after an error: a consumer thread must not wait for ever

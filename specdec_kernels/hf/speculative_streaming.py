@@ -161,7 +161,7 @@ class SpeculativeStreams(TrainedHeads):
         includes them.
         """
 
-        def open_(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        def open_(module: nn.Module, args: Any, kwargs: Any = None) -> Any:
             call = current_call()
             if not isinstance(call, TreeCall) or call.lengths is not target.target.cache.lengths:
                 return None  # a prefill, or another thread's call
@@ -180,7 +180,7 @@ class SpeculativeStreams(TrainedHeads):
 
         return open_
 
-    def _between(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _between(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         return (args, self._placed(kwargs)) if self._is_at_work() else None
 
     def _placed(self, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..ops import tree_mask
 from ..shapes import PAD
 from ..tree import TokenTree, pad_rows
-from .attention import Localities, TreeCall, handing, ignores_attention
+from .attention import Localities, TreeCall, current_call, handing, ignores_attention
 from .cache import TreeCache, cache_keyword
 from .compiled import Backend, CompiledStep, pad_tree
 from .ragged import Ragged
@@ -68,6 +68,7 @@ class HFTarget:
         self._cache = cache
         self._capacity = capacity
         self._step = CompiledStep.of(model, compile) if compile else None
+        self._is_in_step = False
         parts = (module for module in model.modules() if module is not model)
         self._has_hooks = any(m._forward_hooks or m._forward_pre_hooks for m in parts)
 
@@ -121,7 +122,24 @@ class HFTarget:
         lengths = self.cache.lengths
         assert lengths is not None
         self.cache.num_nodes = padded.num_nodes
-        return self._step(self.cache, padded)[:, : tree.tokens.shape[1]]
+        self._is_in_step = True
+        try:
+            return self._step(self.cache, padded)[:, : tree.tokens.shape[1]]
+        finally:
+            self._is_in_step = False
+
+    def is_running(self) -> bool:
+        """Whether it is its own pass that the model computes: processors, listeners and other
+        threads may call the model, too.
+        """
+        if self._is_in_step:
+            return True
+        call, cache = current_call(), self._cache
+        if cache is None or call is None:
+            return False
+        if isinstance(call, TreeCall):
+            return call.is_whole and call.lengths is cache.lengths
+        return call is cache.localities
 
     def commit(self, path: Tensor, num_kept: Tensor) -> None:
         """See `decoding.Target.commit`."""
