@@ -314,3 +314,17 @@ def test_a_decoder_can_be_copied_and_its_copy_waits_for_nobody(target) -> None:
         thread = Thread(lambda: _write(target, twin))
         thread.start()
         assert thread.result() == text
+
+
+def test_a_call_within_a_call_of_the_same_decoder_counts_once(target) -> None:
+    inner: list[Any] = []
+
+    def listen(row: int, tokens: list[int], num_accepted: int) -> None:
+        if not inner:
+            inner.append(None)
+            inner[0] = _write(target, decoder, OTHER)
+
+    decoder = SpeculativeDecoder(None, listener=listen)
+    assert _write(target, decoder) == greedy(target, PROMPT, NEW)
+    assert inner == [greedy(target, OTHER, NEW)]
+    assert decoder.totals.num_calls == 2 and decoder.totals.num_tokens == 2 * (NEW - 1)

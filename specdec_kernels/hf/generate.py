@@ -187,7 +187,7 @@ class SpeculativeDecoder:
         stop.scores_of = record.scores_of
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        self.stats = DecodeStats.start(len(prompts))
+        stats = self.stats = DecodeStats.start(len(prompts))
         with (
             tree_attention_in(model),
             fast_layers(model, self.pack, compiled=bool(self.compile)),
@@ -207,10 +207,10 @@ class SpeculativeDecoder:
                 process=process or None,
                 recorder=record or None,
                 agree=agree,
-                stats=self.stats,
+                stats=stats,
             )
             target.cache.hold(sequences)
-        self.totals.add(self.stats)
+        self.totals.add(stats)
         new = [
             torch.tensor(s[len(p) :], device="cpu") for s, p in zip(sequences, prompts, strict=True)
         ]
