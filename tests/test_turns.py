@@ -63,7 +63,8 @@ class Thread(threading.Thread):
             self._error = error
 
     def result(self) -> Any:
-        self.join(LONG)
+        if self.ident is not None:
+            self.join(LONG)
         assert not self.is_alive()
         if self._error is not None:
             raise self._error
@@ -207,6 +208,28 @@ def test_texts_of_many_threads_are_those_of_one(target, heads, name: str) -> Non
         sys.setswitchinterval(interval)
     assert alone[0][0] == greedy(target, PROMPT, NEW)
     assert not [m for m in target.modules() if "forward" in m.__dict__]
+
+
+@pytest.mark.parametrize("where", ["thread", "same thread"])
+def test_a_text_beside_another_sees_weights_that_were_edited_since(where: str) -> None:
+    model = make_tiny_model()
+    other: list[Any] = []
+
+    def listen(row: int, tokens: list[int], num_accepted: int) -> None:
+        if other:
+            return
+        for parameter in model.parameters():
+            parameter.data.mul_(1.5)
+        thread = Thread(lambda: _write(model, SpeculativeDecoder("auto"), OTHER))
+        if where == "thread":
+            thread.start()
+        else:
+            thread.run()
+        other.append(thread.result())
+
+    before = greedy(model, OTHER, NEW)
+    _write(model, SpeculativeDecoder("auto", listener=listen, pack=True))
+    assert other == [greedy(model, OTHER, NEW)] != [before]
 
 
 class Recording(ModelDrafter):

@@ -261,9 +261,7 @@ class _Beams:
         self.candidates = torch.full(shape, PAD, device="cpu")
         self.logprobs = torch.full(shape, -torch.inf, dtype=torch.float32, device="cpu")
         self.parents = torch.full(shape, PAD, dtype=torch.int32, device="cpu")
-        self._scores = torch.full(
-            shape, -torch.inf, dtype=torch.float32, device="cpu"
-        )  # of the path
+        self._scores = self.logprobs.clone()  # of the path
         self._depths = depths
         self._width = width
         self._max_nodes = max_nodes

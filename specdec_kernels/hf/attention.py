@@ -256,7 +256,7 @@ def _own_attention(module: nn.Module) -> Callable[..., Any] | None:
     config = getattr(module, "config", None)
     if config is None or (name := _own_name(config)) == NAME:
         return None
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
     own: Callable[..., Any] | None = ALL_ATTENTION_FUNCTIONS.get(name, eager)
     return own
 

@@ -18,7 +18,7 @@ from ..ops import rms_norm, rope
 from ..shapes import FLOATS
 from .attention import current_call
 from .layers import WholeLayers
-from .packing import lent_forwards, packed_linears
+from .packing import lent_forwards, packed_linears, renew_panels
 from .snapshot import Snapshot
 
 _ROPE = "apply_rotary_pos_emb"
@@ -49,7 +49,9 @@ def fast_layers(
         yield
         return
     with _lock:
-        if id(model) not in _lent:
+        if id(model) in _lent:
+            renew_panels(model)
+        else:
             _lent[id(model)] = (_lend_all(model, pack, compiled), [])
         _lent[id(model)][1].append(None)
     try:
@@ -128,9 +130,8 @@ def _computes_rms_norm(module: Any) -> bool:
         generator = torch.Generator().manual_seed(0)
         shape = (16, len(module.weight))
         x = torch.randn(shape, generator=generator, device="cpu").to(dtype)
-        weight = torch.rand(shape[1], generator=generator, device="cpu").to(
-            dtype
-        )  # ones would hide a formula
+        # ones would hide a formula
+        weight = torch.rand(shape[1], generator=generator, device="cpu").to(dtype)
         try:
             with torch.no_grad():
                 own = torch.func.functional_call(module, {"weight": weight}, (x,))

@@ -63,6 +63,18 @@ def lent_forwards(
             module.__dict__.pop("forward", None)
 
 
+def renew_panels(model: nn.Module) -> None:
+    """Pack weights that were edited since, where the panels lie: some other text is using them."""
+    for linear in model.modules():
+        if isinstance(linear, nn.Linear) and panels_in_use(linear) is not None:
+            state, panels = _state(linear.weight), _packed[linear][1]
+            before = _packed[linear][0]
+            is_edited = state != before and state[:2] == before[:2]
+            if is_edited and _layout_of(linear) is Panels:
+                panels.copy_(Panels.pack(linear.weight.detach()))
+                _packed[linear] = (state, panels)
+
+
 def takes_panels(linear: nn.Module) -> bool:
     """Whether `packed_linears` would pack its weight as `ops.panels_of`."""
     return _is_packable(linear) and _layout_of(linear) is Panels
