@@ -186,6 +186,7 @@ class _StopAt20(StoppingCriteria):
         },
         {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
         {"min_new_tokens": 9, "eos_token_id": [5, 7, 9, 11, 30, 41, 60, 77]},
+        {"suppress_tokens": [3, 4]},
         {"suppress_tokens": [3, 4], "sequence_bias": [[[3], 2.0], [[4, 5], 1.0]]},
         {**SAMPLED, "typical_p": 0.9, "renormalize_logits": True},
         {"prefix_allowed_tokens_fn": lambda row, ids: list(range(3, 60))},

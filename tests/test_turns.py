@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -106,28 +107,36 @@ def test_who_has_a_turn_may_take_it_again_and_an_error_gives_it_back() -> None:
     assert _waits(having=(a,), wanting=(b, a))
 
 
-def test_two_threads_that_want_the_same_never_wait_for_each_other() -> None:
-    things = [[] for _ in range(4)]
-    counts = [0]
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_two_threads_that_want_the_same_never_wait_for_each_other(is_reversed: bool) -> None:
+    """Each waits for its first thing; then both are free at once."""
+    things: list[list[Any]] = [[], []][:: -1 if is_reversed else 1]
+    entered: list[None] = []
 
     def enter(order: list[list[Any]]) -> None:
-        for _ in range(300):
-            with turn(order):
-                counts[0] += 1
+        with turn(order):
+            entered.append(None)
 
-    threads = [Thread(lambda o=o: enter(o)) for o in (things, things[::-1], things[1:], things[:2])]
-    for thread in threads:
-        thread.start()
+    threads = [Thread(lambda o=order: enter(o)) for order in (things, things[::-1])]
+    with turn(things):
+        for thread in threads:
+            thread.start()
+        while [len(users) for _, users in turns_module._waiting.values()] != [3, 3]:
+            time.sleep(0.001)
+        time.sleep(0.05)
     for thread in threads:
         thread.result()
-    assert counts == [1200] and not turns_module._waiting
+    assert len(entered) == 2 and not turns_module._waiting
 
 
 def _decoders(shared: str, target: PreTrainedModel) -> tuple[list[Any], list[PreTrainedModel]]:
     """Two decoders and their models, of which one thing is the same."""
-    models = [target, target if shared == "model" else copy.deepcopy(target)]
+    is_one = shared in ("model", "compiled steps")
+    models = [target, target if is_one else copy.deepcopy(target)]
+    if shared == "compiled steps":
+        return [SpeculativeDecoder(None, compile="eager") for _ in range(2)], models
     if shared == "decoder":
-        return [SpeculativeDecoder("auto")] * 2, models
+        return [SpeculativeDecoder(None)] * 2, models
     drafters: list[Any] = [AutoDrafter(), AutoDrafter()]
     if shared == "drafter":
         drafters = [drafters[0]] * 2
@@ -145,6 +154,7 @@ def _decoders(shared: str, target: PreTrainedModel) -> tuple[list[Any], list[Pre
     [
         ("decoder", True),
         ("drafter", True),
+        ("compiled steps", True),
         ("model", False),
         ("draft model", False),
         ("draft model in auto", False),

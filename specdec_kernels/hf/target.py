@@ -138,7 +138,7 @@ class HFTarget:
         if cache is None or call is None:
             return False
         if isinstance(call, TreeCall):
-            return call.is_whole and call.lengths is cache.lengths
+            return call.lengths is cache.lengths
         return call is cache.localities
 
     def commit(self, path: Tensor, num_kept: Tensor) -> None:
