@@ -227,7 +227,7 @@ def random_trees(
     """
 
     def randint(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (), generator=generator))
+        return int(torch.randint(low, high, (), generator=generator, device="cpu"))
 
     rows = []
     for b in range(batch):

@@ -16,6 +16,7 @@ import torch
 from conftest import make_tiny_model
 from head_checkpoints import LAYERS, save_all
 from prompts import greedy, left_pad, random_prompts
+from test_speculative_streaming import _saved
 from tiny_models import VOCAB
 from tiny_models import tiny_model as tiny_of
 from transformers import PreTrainedModel
@@ -24,6 +25,8 @@ from specdec_kernels import AutoDrafter, ModelDrafter, SpeculativeDecoder, TopKT
 from specdec_kernels.hf import DraftModel
 from specdec_kernels.hf import turns as turns_module
 from specdec_kernels.hf.attention import NAME, tree_attention_in
+from specdec_kernels.hf.features import HFTargetView
+from specdec_kernels.hf.target import HFTarget
 from specdec_kernels.hf.turns import turn
 
 NEW = 12
@@ -338,6 +341,20 @@ def test_calls_between_passes_leave_a_drafter_s_features_alone(
         assert _write(target, decoder) == greedy(target, PROMPT, NEW)
         proposed.append(drafter.proposed)
     assert proposed[0] == proposed[1] and len(proposed[0]) > 3
+
+
+@pytest.mark.parametrize("name", ["eagle-3", "medusa", "streams"])
+def test_heads_that_have_no_prompt_yet_leave_others_alone(
+    target, heads, tmp_path: Path, name: str
+) -> None:
+    """A thread hangs its hooks on the layers before it computes anything."""
+    model = make_tiny_model() if name == "streams" else target
+    network = load_heads(_saved(tmp_path) if name == "streams" else heads / name)
+    waiting = HFTarget(model, 64)
+    with network.attach(HFTargetView(waiting)):
+        assert not waiting.is_running()
+        assert _write(model, SpeculativeDecoder(None), OTHER) == greedy(model, OTHER, NEW)
+    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
 def test_a_decoder_can_be_copied_and_its_copy_waits_for_nobody(target) -> None:

@@ -163,8 +163,8 @@ class SpeculativeStreams(TrainedHeads):
 
         def open_(module: nn.Module, args: Any, kwargs: Any = None) -> Any:
             call = current_call()
-            if not isinstance(call, TreeCall) or call.lengths is not target.target.cache.lengths:
-                return None  # a prefill, or another thread's call
+            if not isinstance(call, TreeCall) or not target.target.is_running():
+                return None  # a prefill, or somebody else's call
             hidden = args[0] if args else kwargs.pop("hidden_states")
             self.num_own = hidden.shape[1]
             nodes = self.num_own
