@@ -6,6 +6,7 @@ PROMPT ?= Write the numbers from one to twenty in English, then write them once 
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := results
+NODES := 4 16 32
 DRAFTERS := $(RESULTS)/drafters
 E2E := $(BIN)/specdec bench e2e
 TRAIN := $(BIN)/python examples/train_drafters
@@ -53,11 +54,11 @@ bench: setup ## measure operators and whole generations into results/, with a pa
 	$(BIN)/specdec tune
 	$(BIN)/specdec tune --output $(RESULTS)/costs.json
 	$(E2E) --modes generate,prompt_lookup,plain,specdec --max-new-tokens 48 --json $(RESULTS)/e2e.json
-	for nodes in 4 16 32; do \
+	for nodes in $(NODES); do \
 	  $(E2E) --modes generate,specdec --no-budget --max-nodes $$nodes --max-new-tokens 24 \
 	    --json $(RESULTS)/e2e-$$nodes.json || exit; \
 	done
-	cd $(RESULTS) && ../$(BIN)/specdec report ops.json costs.json e2e*.json
+	cd $(RESULTS) && ../$(BIN)/specdec report ops.json costs.json e2e.json $(NODES:%=e2e-%.json)
 
 bench-drafters: setup ## compare the drafters, those among them that train-* has made
 	mkdir -p $(RESULTS)

@@ -103,11 +103,7 @@ def read_cubin(path: Path, architecture: int, threads: int, dynamic_shared: int)
     registers, stack, static = map(int, usage.groups())
     if architecture >= 90:
         static = max(0, static - _RESERVED_SHARED)  # counted by the tool from sm_90 on
-    opcodes = re.findall(
-        _OPCODE,
-        _run("nvdisasm", "-c", "-hex", path),
-        re.MULTILINE,
-    )
+    opcodes = re.findall(_OPCODE, _disassemble(path), re.MULTILINE)
     shared = static + dynamic_shared
     return Code(
         registers,
@@ -157,9 +153,7 @@ def read_kernels(
             _run("cuobjdump", "-res-usage", path),
         )
     }
-    sections = re.split(
-        r"^\.text\.(\S+):", _run("nvdisasm", "-c", "-hex", path), flags=re.MULTILINE
-    )
+    sections = re.split(r"^\.text\.(\S+):", _disassemble(path), flags=re.MULTILINE)
     codes = {}
     for mangled, text in zip(sections[1::2], sections[2::2], strict=True):
         registers, stack, shared = usages[mangled]
@@ -223,6 +217,11 @@ def _count(opcodes: list[str], groups: dict[str, str]) -> dict[str, int]:
         for group, pattern in groups.items():
             counts[group] += re.match(pattern, opcode) is not None
     return {**counts, "all": len(opcodes)}
+
+
+def _disassemble(cubin: Path) -> str:
+    """Code alone, without the dataflow analysis that only names labels: twice as fast."""
+    return _run("nvdisasm", "-c", "-ndf", cubin)
 
 
 def _run(tool: str, *arguments: str | Path, folder: Path | None = None) -> str:

@@ -29,6 +29,7 @@ from specdec_kernels import (
     SpeculativeDecoder,
     Verified,
 )
+from specdec_kernels.hf import DraftModel
 
 VOCAB = 101
 INPUTS = left_pad(random_prompts((8, 5), VOCAB))
@@ -69,6 +70,17 @@ def test_requests_that_cannot_be_exact(tiny_model, options: dict, message: str) 
     with pytest.raises(ValueError, match=message):
         _generate(tiny_model, **options)
     assert tiny_model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_in_double_precision() -> None:
+    """Before anything runs; as a draft model, too."""
+    model = make_tiny_model().double()
+    message = "LlamaForCausalLM is refused: its dtype must be .* or float32, got float64"
+    with pytest.raises(ValueError, match=message):
+        _generate(model)
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match=message):
+        DraftModel(model)
 
 
 def test_an_empty_prompt(tiny_model) -> None:

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -192,11 +193,16 @@ def inspect(kernel: Any) -> Code:
     target = kernel.metadata.target
     if target.backend == "hip":
         return read_amdgcn(kernel.asm["amdgcn"], kernel.metadata.shared)
+    threads = 32 * kernel.metadata.num_warps
+    return _inspect_cubin(kernel.asm["cubin"], target.arch, threads, kernel.metadata.shared)
+
+
+@cache  # a disassembler takes longer to start than to read a kernel, and calls share kernels
+def _inspect_cubin(cubin: bytes, architecture: int, threads: int, shared: int) -> Code:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        threads = 32 * kernel.metadata.num_warps
-        return read_cubin(path, target.arch, threads, kernel.metadata.shared)
+        path.write_bytes(cubin)
+        return read_cubin(path, architecture, threads, shared)
 
 
 def report(target: str, op: str) -> Iterator[dict[str, Any]]:

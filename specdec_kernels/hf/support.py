@@ -87,6 +87,8 @@ def check_model(model: PreTrainedModel) -> None:
 
 def _why_altered(model: PreTrainedModel) -> str | None:
     """What was made of a model that trees would be exact with, so that they are not."""
+    if model.dtype == torch.float64:
+        return "its dtype must be bfloat16, float16 or float32, got float64"
     name = "prepare_inputs_for_generation"  # of a mixin that a draft model may lack
     prepare = getattr(model, name, None)
     if getattr(prepare, "__func__", prepare) is not getattr(type(model), name, None):
