@@ -9,13 +9,16 @@ from tiny_models import VOCAB, tiny_model
 from transformers import CONFIG_MAPPING, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from specdec_kernels import OracleDrafter, SpeculativeDecoder
+from specdec_kernels import ModelDrafter, OracleDrafter, SpeculativeDecoder, TopKTree
 from specdec_kernels.cli import main
-from specdec_kernels.hf import support
+from specdec_kernels.hf import EarlyExitModel, support
 from specdec_kernels.hf.architectures import EXACT, REFUSED, support_rows, why_refused
+from specdec_kernels.hf.attention import tree_attention_in
 from specdec_kernels.hf.cache import TreeCacheLayer
 from specdec_kernels.hf.dense_attention import visible_slots
+from specdec_kernels.hf.features import HFTargetView
 from specdec_kernels.hf.locality import Locality
+from specdec_kernels.hf.support import decoder_of
 from specdec_kernels.hf.target import HFTarget
 
 NEW = 12
@@ -106,6 +109,43 @@ def test_a_type_that_is_not_in_the_table_is_refused(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="LlamaForCausalLM is refused: its type llama is not amo"):
         model.generate(**inputs, **options)
     own.generate(**inputs, **options)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=() if name in {*USUAL, "llama4"} else pytest.mark.exhaustive)
+        for name in sorted(INSTALLED)
+    ],
+)
+@torch.no_grad()
+def test_heads_see_the_last_hidden_states(model_type: str) -> None:
+    model = tiny_model(model_type)
+    text = random_prompts((9,), VOCAB)[0].tolist()
+    positions = torch.arange(9)[None]
+    out = model(torch.tensor([text]), position_ids=positions, output_hidden_states=True)
+    target = HFTarget(model, 20)
+    view = HFTargetView(target)
+    with tree_attention_in(model), view.watch() as features:
+        target.prefill([text])
+        (got,) = features.take()
+    if model_type in ("gemma3n_text", "hrm_text"):  # what they call hidden states is of other sizes
+        assert view.logits(got).argmax(-1).equal(out.logits[0].argmax(-1))
+    else:
+        torch.testing.assert_close(got, out.hidden_states[-1][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "opt", "llama4_text", "cohere2", "deepseek_v3"])
+def test_the_first_layers_draft(model_type: str) -> None:
+    """Wherever in the model its decoder is."""
+    model = tiny_model(model_type)
+    decoder = SpeculativeDecoder(ModelDrafter(EarlyExitModel(2), TopKTree(8)), budget=False)
+    inputs = left_pad(random_prompts((9, 14), VOCAB))
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    output = model.generate(**inputs, custom_generate=decoder, **options)
+    assert output.equal(model.generate(**inputs, **options))
+    assert decoder.stats.num_failures == 0 and all(decoder.stats.num_drafted)
+    assert len(decoder_of(model).layers) == 3
 
 
 def test_windows_matter_at_these_lengths() -> None:

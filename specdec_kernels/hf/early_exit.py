@@ -17,6 +17,7 @@ from ..drafters.network import DraftNetwork, Level, TargetView
 from ..shapes import PAD
 from .features import HFTargetView
 from .growing import GrowingTarget
+from .support import decoder_of
 
 
 class EarlyExit:
@@ -31,7 +32,7 @@ class EarlyExit:
     """
 
     def __init__(self, model: PreTrainedModel, num_layers: int) -> None:
-        decoder: Any = model.get_decoder()
+        decoder = decoder_of(model)
         layers = getattr(decoder, "layers", None)
         norm = getattr(decoder, "norm", None)
         if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module):
@@ -124,20 +125,22 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     Raises:
         ValueError: an architecture whose decoder has no list of layers, or not so many.
     """
-    decoder: Any = model.get_decoder()
+    decoder = decoder_of(model)
     layers = getattr(decoder, "layers", None)
-    names = [name for name, module in model.named_children() if module is decoder]
-    if not isinstance(layers, nn.ModuleList) or not names:
+    if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"{type(model).__name__} has no list of decoder layers to exit from")
     if not 0 < num_layers < len(layers):
         raise ValueError(
             f"exit layer must be in [1, {len(layers) - 1}] for {type(model).__name__}, "
             f"got {num_layers}"
         )
-    shorter = _shallow(decoder)
-    shorter._modules["layers"] = nn.ModuleList(layers[:num_layers])
+    path = next(name for name, module in model.named_modules() if module is decoder)
     whole: PreTrainedModel = _shallow(model)
-    whole._modules[names[0]] = shorter
+    part: Any = whole
+    for name in path.split("."):
+        part._modules[name] = _shallow(part._modules[name])
+        part = part._modules[name]
+    part._modules["layers"] = nn.ModuleList(layers[:num_layers])
     return whole
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import by_rows
+from .support import decoder_of
 from .target import HFTarget
 
 
@@ -32,7 +33,7 @@ class HFTargetView:
         self.num_layers = int(config.num_hidden_layers)
         self._embeddings: Any = model.get_input_embeddings()
         self._head: Any = model.get_output_embeddings()
-        self._decoder: Any = model.get_decoder()
+        self._decoder = decoder_of(model)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See `TargetView`."""

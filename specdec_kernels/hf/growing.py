@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from ..drafters.growth import Block
 from .attention import TreeCall, handing, ignores_attention
 from .cache import TreeCache, cache_keyword
+from .support import decoder_of
 from .target import HFTarget
 
 
@@ -21,7 +21,7 @@ class GrowingTarget(HFTarget):
 
     def share(self, cache: TreeCache) -> None:
         """Use the first layers of another cache, its lengths included."""
-        decoder: Any = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         own = TreeCache(self.model, cache.batch)
         own.capacity, own.localities = cache.capacity, cache.localities
         own.tree_layers = [copy.copy(layer) for layer in cache.tree_layers[: len(decoder.layers)]]

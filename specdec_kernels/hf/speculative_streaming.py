@@ -20,6 +20,7 @@ from .attention import TreeCall, current_call, replace_call
 from .cache import TreeCache
 from .features import HFTargetView
 from .growing import num_positions
+from .support import decoder_of
 
 
 class SpeculativeStreams(TrainedHeads):
@@ -90,7 +91,7 @@ class SpeculativeStreams(TrainedHeads):
             raise ValueError("SpeculativeStreams cannot run in compiled steps: leave `compile` out")
         model: Any = target.target.model
         layers = last_layers(model, self.num_layers)
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         with ExitStack() as hooks:
             hooks.enter_context(super().attach(target))
             hooks.enter_context(self.adapting(layers))
@@ -243,7 +244,7 @@ def last_layers(model: Any, num_layers: int) -> list[nn.Module]:
     Raises:
         ValueError: another build, or no layers before them.
     """
-    decoder: Any = model.get_decoder()
+    decoder = decoder_of(model)
     layers = getattr(decoder, "layers", None)
     parts = [getattr(decoder, name, None) for name in ("norm", "rotary_emb")]
     if not isinstance(layers, nn.ModuleList) or None in parts:

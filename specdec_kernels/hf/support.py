@@ -110,6 +110,18 @@ def vocab_size(model: PreTrainedModel) -> int:
     return int(getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0])
 
 
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The part of a model that has its decoder layers and gives their last hidden states, adapters
+    or not. For some, transformers' `get_decoder` is the whole model (Llama 4) or its head.
+    """
+    base: Any = model
+    whole = base.get_base_model() if hasattr(base, "get_base_model") else base
+    decoder = whole.get_decoder()
+    if isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is None:
+        return decoder
+    return whole.model
+
+
 def _has_own_texts(model: PreTrainedModel) -> bool:
     """Whether processes share the weights but not the prompts."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
