@@ -119,7 +119,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
     decoder = whole.get_decoder()
     if isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is None:
         return decoder
-    return whole.model
+    return getattr(whole, "model", decoder)
 
 
 def _has_own_texts(model: PreTrainedModel) -> bool:
