@@ -13,8 +13,6 @@
 namespace specdec::SPECDEC_ISA {
 namespace {
 
-constexpr int64_t kValuesPerThread = 16384;
-
 // Applies `function` to lanes [i, i + kLanes) of both, for all `num` values.
 template <class T, class Function>
 void combine(const T* a, const T* b, T* out, int64_t num, const Function& function) {

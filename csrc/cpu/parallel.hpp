@@ -24,6 +24,9 @@ void parallel_for(int64_t num, int64_t grain, const Body& body) {
       const_cast<std::remove_const_t<Body>*>(&body));
 }
 
+// Fewest that are worth a thread of values that take some arithmetic each.
+constexpr int64_t kValuesPerThread = 16384;
+
 // Fewest rows of `vocab` values that are worth a thread: its start costs some microseconds.
 constexpr int64_t rows_per_thread(int64_t vocab) { return 1 + 65536 / (vocab + 1); }
 

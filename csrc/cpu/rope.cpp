@@ -8,27 +8,27 @@
 namespace specdec::SPECDEC_ISA {
 namespace {
 
-// out = x cos + turned sin, each product rounded to T as PyTorch's are.
+// Each product rounded to T as PyTorch's are.
 template <class T>
-void turn(const T* x, const T* turned, bool is_negated, const T* cos, const T* sin, T* out,
-          int32_t num) {
-  const float sign = is_negated ? -1.0f : 1.0f;
+void rotate(const T* x, const T* cos, const T* sin, T* out, int32_t half) {
+  const T *y = x + half, *cos_y = cos + half, *sin_y = sin + half;
+  T* out_y = out + half;
   int32_t i = 0;
-  for (; i + kLanes <= num; i += kLanes) {
-    const Float along = rounded<T>(load(x + i) * load(cos + i));
-    const Float across = rounded<T>(load(turned + i) * splat(sign) * load(sin + i));
-    store(out + i, along + across);
+  for (; i + kLanes <= half; i += kLanes) {
+    const Float a = load(x + i), b = load(y + i);
+    store(out + i, rounded<T>(a * load(cos + i)) - rounded<T>(b * load(sin + i)));
+    store(out_y + i, rounded<T>(b * load(cos_y + i)) + rounded<T>(a * load(sin_y + i)));
   }
-  for (; i < num; ++i) {
-    const T along = from_float<T>(to_float(x[i]) * to_float(cos[i]));
-    const T across = from_float<T>(to_float(turned[i]) * sign * to_float(sin[i]));
-    out[i] = from_float<T>(to_float(along) + to_float(across));
+  const auto product = [](T a, T b) { return to_float(from_float<T>(to_float(a) * to_float(b))); };
+  for (; i < half; ++i) {
+    out[i] = from_float<T>(product(x[i], cos[i]) - product(y[i], sin[i]));
+    out_y[i] = from_float<T>(product(y[i], cos_y[i]) + product(x[i], sin_y[i]));
   }
 }
 
 template <class T>
 void rotate_head(const RopeParams& params, const RopeHeads& heads, int64_t b, int64_t h) {
-  const int32_t dim = params.head_dim, half = dim / 2;
+  const int32_t dim = params.head_dim;
   const T* from = static_cast<const T*>(heads.data) + b * heads.stride_b + h * heads.stride_h;
   T* to = static_cast<T*>(heads.out) + (b * heads.heads + h) * params.nodes * dim;
   for (int64_t n = 0; n < params.nodes; ++n, to += dim) {
@@ -37,8 +37,7 @@ void rotate_head(const RopeParams& params, const RopeHeads& heads, int64_t b, in
         static_cast<const T*>(params.cos) + b * params.stride_cos_b + n * params.stride_cos_n;
     const T* sin =
         static_cast<const T*>(params.sin) + b * params.stride_sin_b + n * params.stride_sin_n;
-    turn(x, x + half, true, cos, sin, to, half);
-    turn(x + half, x, false, cos + half, sin + half, to + half, half);
+    rotate(x, cos, sin, to, params.head_dim / 2);
   }
 }
 
@@ -49,16 +48,17 @@ void rope(const RopeParams& params) {
   const int64_t head_size = int64_t{params.nodes} * params.head_dim;
   with_dtype(params.dtype, [&](auto tag) {
     using T = decltype(tag);
-    parallel_for(params.batch * heads, rows_per_thread(head_size), [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t b = task / heads, h = task % heads;
-        if (h < params.q.heads) {
-          rotate_head<T>(params, params.q, b, h);
-        } else {
-          rotate_head<T>(params, params.k, b, h - params.q.heads);
-        }
-      }
-    });
+    parallel_for(params.batch * heads, 1 + kValuesPerThread / (head_size + 1),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t b = task / heads, h = task % heads;
+                     if (h < params.q.heads) {
+                       rotate_head<T>(params, params.q, b, h);
+                     } else {
+                       rotate_head<T>(params, params.k, b, h - params.q.heads);
+                     }
+                   }
+                 });
   });
 }
 

@@ -233,12 +233,24 @@ inline Float load(const Half* source) {
 #endif
 }
 
+// The bits of each value rounded to nearest, ties to even; a bfloat16 is their upper half.
+inline Uint nearest_bfloat16(Float lanes) {
+  const Uint bits = reinterpret_cast<Uint>(lanes);
+  return lanes == lanes ? bits + 0x7FFFu + ((bits >> 16) & 1u) : 0x7FC00000u - Uint{};
+}
+
 // from_float of kLanes values.
 inline void store(Bfloat16* target, Float lanes) {
-  const Uint bits = reinterpret_cast<Uint>(lanes);
-  const Uint rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const Short kept = __builtin_convertvector(lanes == lanes ? rounded : 0x7FC0u - Uint{}, Short);
-  std::memcpy(target, &kept, sizeof kept);
+  const Uint kept = nearest_bfloat16(lanes) >> 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // GCC 12 clears the upper halves, which are clear, before it narrows.
+  const __m256i narrow = _mm256_packus_epi32(reinterpret_cast<__m256i>(kept), __m256i{});
+  const __m256i joined = _mm256_permute4x64_epi64(narrow, 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_castsi256_si128(joined));
+#else
+  const Short narrow = __builtin_convertvector(kept, Short);
+  std::memcpy(target, &narrow, sizeof narrow);
+#endif
 }
 
 inline void store(Half* target, Float lanes) {
@@ -266,6 +278,11 @@ inline Float rounded(Float lanes) {
 template <>
 inline Float rounded<float>(Float lanes) {
   return lanes;
+}
+
+template <>
+inline Float rounded<Bfloat16>(Float lanes) {
+  return reinterpret_cast<Float>(nearest_bfloat16(lanes) & 0xFFFF0000u);
 }
 
 // Where to prefetch to, as __builtin_prefetch says it (2: past the first cache, which has room for
