@@ -18,6 +18,7 @@ from pretend_device import DEVICE, moved, pretending
 from prompts import left_pad, random_prompts
 from test_heads import TREES
 from test_speculative_streaming import _saved
+from tiny_media import media_inputs, media_prompts, tiny_media_model
 from tiny_models import VOCAB
 from tiny_models import tiny_model as tiny_of
 from toy_target import ToyTarget
@@ -99,9 +100,10 @@ def _check_same(
     generate: Callable[..., torch.Tensor],
     *models: PreTrainedModel,
     default: torch.dtype = torch.bfloat16,
+    rows: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """The same text on the device as on the CPU, and whatever is made where nobody says how."""
-    rows = _inputs()
+    rows = _inputs() if rows is None else rows
     want = generate(*models, **rows)
     torch.set_default_dtype(default)
     try:
@@ -110,7 +112,7 @@ def _check_same(
     finally:
         torch.set_default_dtype(torch.float32)
     with pretending():
-        inputs = {name: tensor.to(DEVICE) for name, tensor in _inputs().items()}
+        inputs = {name: tensor.to(DEVICE) for name, tensor in rows.items()}
         output = generate(*map(moved, models), **inputs)
         assert output.device == DEVICE
         assert output.tolist() == want.tolist()
@@ -167,6 +169,16 @@ def test_heads_in_a_merged_tree(target, heads, events, name: str) -> None:
 def test_a_draft_model(target, draft_model, events, tree: str) -> None:
     make = lambda model: ModelDrafter(DraftModel(model), TREES[tree])  # noqa: E731
     _check_same(_generating(make, **SAMPLED, top_k=9), target, draft_model)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl", "gemma3"])
+def test_prompts_with_images(events, model_type: str) -> None:
+    model = tiny_media_model(model_type)
+    inputs = media_inputs(model_type, media_prompts(model_type, (6, 2, 11)))
+    if model_type == "qwen3_vl":  # which finds them in a way that needs a real device
+        ids = inputs["input_ids"]
+        inputs["position_ids"] = model._prepare_position_ids_for_generation(ids, inputs)
+    _check_same(_generating(lambda: "auto"), model, rows=inputs)
 
 
 class _StopAt20(StoppingCriteria):

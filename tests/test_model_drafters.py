@@ -299,6 +299,11 @@ def test_the_law_handed_over_is_the_one_of_the_draft_model(tiny_model, similar, 
             torch.testing.assert_close(got, law, rtol=0, atol=1e-5)
 
 
+def test_a_model_itself_is_no_network(tiny_model) -> None:
+    with pytest.raises(TypeError, match=r"hf.DraftModel\(model\) is, got LlamaForCausalLM"):
+        ModelDrafter(tiny_model)
+
+
 def test_a_drafter_says_what_it_is(similar) -> None:
     """For the records of benches."""
     named = {tree: str(ModelDrafter(EarlyExitModel(2), TREES[tree])) for tree in TREES}

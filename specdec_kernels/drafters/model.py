@@ -47,9 +47,17 @@ class ModelDrafter(Drafter):
     Args:
         network: who computes the drafts.
         tree: which tree; None is `TopKTree()`.
+
+    Raises:
+        TypeError: no `DraftNetwork`.
     """
 
     def __init__(self, network: DraftNetwork, tree: TreePlan | None = None) -> None:
+        if not isinstance(network, DraftNetwork):
+            raise TypeError(
+                "ModelDrafter: network must be a DraftNetwork, as hf.DraftModel(model) is, "
+                f"got {type(network).__name__}"
+            )
         self.network = network
         self.tree = TopKTree() if tree is None else tree
         self.max_nodes = self.tree.max_nodes

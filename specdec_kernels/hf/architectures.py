@@ -8,7 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 _EXACT = """
 afmoe apertus apertus1p5_text arcee aria_text axk1 beam bert bert-generation biogpt bitnet
@@ -24,10 +27,18 @@ persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta roberta-prelay
 sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xlm-roberta
 xlm-roberta-xl youtu
 """
+_MEDIA = """
+aria aya_vision cohere2_vision deepseek_vl gemma3 glm46v glm4v glm4v_moe glm_ocr idefics2 idefics3
+internvl janus lighton_ocr llava llava_next llava_next_video llava_onevision mistral3
+qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_vl qwen3_vl qwen3_vl_moe smolvlm video_llava
+vipllava voxtral
+"""
+WITH_MEDIA = frozenset(_MEDIA.split())
+"""Model types that are exact with images or sounds in the prompt, too."""
 _ATTENDS_SINCE_5_24 = frozenset(("codegen", "gptj"))
 _IS_OLDER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
 _TEXT_PARTS = frozenset(("emu3_text_model", "mllama_text_model"))  # of emu3 and mllama
-EXACT = (frozenset(_EXACT.split()) | _TEXT_PARTS) - (
+EXACT = (frozenset(_EXACT.split()) | _TEXT_PARTS | WITH_MEDIA) - (
     _ATTENDS_SINCE_5_24 if _IS_OLDER else frozenset()
 )
 """Model types whose output is equal to plain decoding, in float32 token for token."""
@@ -75,5 +86,11 @@ def support_rows() -> list[tuple[str, str]]:
     """(model type, "exact" or the reason for refusing it) of what the installed transformers has,
     in alphabetical order.
     """
-    rows = [(name, "exact") for name in EXACT] + list(REFUSED.items())
-    return sorted(row for row in rows if row[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    media = "exact, also with images or sounds in the prompt"
+    rows = [(name, media if name in WITH_MEDIA else "exact") for name in EXACT]
+    rows += REFUSED.items()
+    installed = {
+        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        *(WITH_MEDIA & set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)),
+    }
+    return sorted(row for row in rows if row[0] in installed)

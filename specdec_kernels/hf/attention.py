@@ -43,6 +43,7 @@ _HARMLESS = {  # keywords of attention functions that do not change the result h
     "max_length_k",
     "output_router_logits",
     "num_items_in_batch",
+    "logits_to_keep",
     "deterministic",
 }
 
@@ -90,7 +91,18 @@ class Rehearsal:
     """What it says of its window, for prompts; of trees `Localities` knows it."""
 
 
-Call = TreeCall | Localities | Rehearsal
+@dataclass(slots=True)
+class AsItIs:
+    """Leaves the attention of a pass to the model: of a prompt whose images see ahead.
+
+    Attributes:
+        cache: where its keys and values go.
+    """
+
+    cache: Any
+
+
+Call = TreeCall | Localities | Rehearsal | AsItIs
 
 _call: ContextVar[Call | None] = ContextVar("specdec_call", default=None)
 _ragged: ContextVar[Ragged | None] = ContextVar("specdec_ragged", default=None)
@@ -230,7 +242,8 @@ def attend(
     own attention, also for the rest of a pass that began before.
     """
     call = specdec if specdec is not None else _call.get()
-    own = None if call is not None else _own_attention(module)
+    is_own = call is None or isinstance(call, AsItIs)
+    own = _own_attention(module) if is_own else None
     if own is not None:
         result: tuple[Tensor, Tensor | None]
         result = own(module, query, key, value, attention_mask, **kwargs)
@@ -240,8 +253,8 @@ def attend(
 
 def make_mask(*, config: Any, **arguments: Any) -> Any:
     """Mask function of transformers, for whom `attend` serves."""
-    name = _own_name(config)
-    if name == NAME or _call.get() is not None:
+    name, call = _own_name(config), _call.get()
+    if name == NAME or not (call is None or isinstance(call, AsItIs)):
         return mark_locality(**arguments)
     return ALL_MASK_ATTENTION_FUNCTIONS[name](config=config, **arguments)
 

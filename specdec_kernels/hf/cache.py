@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..ops import commit, write_kv
 from .attention import Localities, heads_by_rows
+from .media import Media
 
 CACHE_KEYWORDS = ("cache", "past_key_values")
 """How transformers calls a model's cache: since 5.24, and before."""
@@ -25,6 +26,12 @@ def cache_keyword(model: PreTrainedModel) -> str:
     """The name of the cache among the arguments of the model."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_KEYWORDS if name in parameters), CACHE_KEYWORDS[-1])
+
+
+def positions_of(lengths: Tensor, depths: Tensor, offsets: Tensor | None) -> Tensor:
+    """Positions [..., B, N] of nodes at depths [B, N] behind so many slots [B]."""
+    slots = (lengths[:, None] + depths).long()
+    return slots if offsets is None else slots + offsets[..., None]
 
 
 class TreeCache(Cache):
@@ -46,6 +53,9 @@ class TreeCache(Cache):
         lengths: [B] int32, committed slots of each row; None before the prefill.
         num_nodes: [B] int32 of the tree being scored, or None.
         starts: [B] int32, or None.
+        offsets: [..., B], position minus slot of what follows the prompts; None where both are the
+            same.
+        has_media: whether it holds images or sounds.
         tokens: what the committed slots of each row hold.
         localities: which keys each layer sees.
         is_in_use: whether tokens may be written; not while the caller holds the cache.
@@ -57,6 +67,8 @@ class TreeCache(Cache):
         self.lengths: Tensor | None = None
         self.num_nodes: Tensor | None = None
         self.starts: Tensor | None = None
+        self.offsets: Tensor | None = None
+        self.has_media = False
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.localities = Localities()
         self.is_in_use = True
@@ -74,11 +86,17 @@ class TreeCache(Cache):
         return copied
 
     @staticmethod
-    def adopt(given: Sequence[Cache], model: PreTrainedModel, batch: int) -> TreeCache:
+    def adopt(
+        given: Sequence[Cache], model: PreTrainedModel, batch: int, *, has_media: bool = False
+    ) -> TreeCache:
         """The cache that the caller passed, if it can be used, or a new one.
 
+        Args:
+            has_media: whether the prompts come with images or sounds.
+
         Raises:
-            ValueError: a filled cache of another kind, model or batch.
+            ValueError: a filled cache of another kind, model or batch, or with images or sounds
+                that do not come again.
         """
         for cache in given:
             if isinstance(cache, TreeCache):
@@ -86,6 +104,11 @@ class TreeCache(Cache):
                     raise ValueError(
                         f"the cache is of {cache.batch} rows and its own model; pass it with the "
                         f"same model and as many rows, got {batch}"
+                    )
+                if cache.has_media and not has_media:
+                    raise ValueError(
+                        "the cache holds images or sounds, whose tokens alone say nothing of them: "
+                        "pass them again with the whole conversation, or no cache"
                     )
                 return cache
             if cache.get_seq_length() > 0:
@@ -107,12 +130,17 @@ class TreeCache(Cache):
             layer.keys, layer.values = keys, values
         self.capacity = capacity
 
-    def rewind(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Keep what the cache shares with the prompts, but for each prompt's last token.
+    def rewind(self, prompts: Sequence[Sequence[int]], media: Media | None = None) -> list[int]:
+        """Keep what the cache shares with the prompts, but for each prompt's last token; nothing of
+        prompts with images or sounds, whose tokens do not tell them apart.
 
         Returns:
             the slots kept in each row.
         """
+        if self.has_media or media is not None:
+            self.tokens = [[] for _ in prompts]
+        self.has_media = media is not None
+        self.offsets = None if media is None else media.offsets
         shared = []
         for held, prompt in zip(self.tokens, prompts, strict=True):
             pairs = zip(held, prompt[:-1], strict=False)

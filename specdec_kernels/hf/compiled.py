@@ -15,7 +15,7 @@ from ..ops import tree_mask
 from ..shapes import PAD
 from ..tree import TokenTree
 from .attention import TreeCall
-from .cache import TreeCache, cache_keyword
+from .cache import TreeCache, cache_keyword, positions_of
 
 Backend = bool | str | Callable[..., Any]
 _LEAST_NODES = 8
@@ -74,7 +74,7 @@ class CompiledStep:
             self._graphs[key] = torch.compile(
                 _with_own_code(_forward), fullgraph=True, dynamic=False, backend=self._backend
             )
-        tensors = (tree.tokens, tree.parents, tree.num_nodes, cache.lengths)
+        tensors = (tree.tokens, tree.parents, tree.num_nodes, cache.lengths, cache.offsets)
         logits: Tensor = self._graphs[key](self._model(), self._keyword, cache, *tensors)
         return logits
 
@@ -87,6 +87,7 @@ def _forward(
     parents: Tensor,
     num_nodes: Tensor,
     lengths: Tensor,
+    offsets: Tensor | None,
 ) -> Tensor:
     ancestors, depths = tree_mask(parents, num_nodes)
     call = TreeCall(ancestors, depths, lengths, num_nodes, cache.localities)
@@ -94,7 +95,7 @@ def _forward(
     out = model(
         input_ids=tokens,
         attention_mask=no_mask,
-        position_ids=(lengths[:, None] + depths).long(),
+        position_ids=positions_of(lengths, depths, offsets),
         use_cache=True,
         specdec=call,
         **{keyword: cache},

@@ -28,6 +28,7 @@ from .compiled import Backend, compiled_capacity
 from .cost import cost_key
 from .features import HFTargetView
 from .fusing import fast_layers
+from .media import Media
 from .options import Options
 from .processors import Processors, fused_bias
 from .ranks import agreement
@@ -159,12 +160,15 @@ class SpeculativeDecoder:
         model_inputs: dict[str, Any],
     ) -> Tensor | GenerateDecoderOnlyOutput:
         check_model(model)
-        check_request(config, input_ids, model_inputs)
+        media_inputs = check_request(model, config, input_ids, model_inputs)
         if self.streamer is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer takes one row, got a batch of {len(input_ids)}")
         prompts = unpad(input_ids, model_inputs.get("attention_mask"))
         check_lengths(model, prompts)
-        check_position_ids(model_inputs.get("position_ids"), prompts)
+        positions = model_inputs.get("position_ids")
+        media = Media.of(media_inputs, positions, prompts)
+        if media is None:
+            check_position_ids(positions, prompts)
         pads = [row[: len(row) - len(p)] for row, p in zip(input_ids, prompts, strict=True)]
         agree = agreement(model)
         stop = StopRule(criteria, pads, input_ids.shape[1], agree)
@@ -175,8 +179,8 @@ class SpeculativeDecoder:
         if self.compile:
             capacity = compiled_capacity(max(max_lengths), nodes)
         given = [c for name in CACHE_KEYWORDS if (c := model_inputs.get(name)) is not None]
-        cache = TreeCache.adopt(given, model, len(prompts))
-        target = HFTarget(model, capacity, cache, compile=self.compile)
+        cache = TreeCache.adopt(given, model, len(prompts), has_media=media is not None)
+        target = HFTarget(model, capacity, cache, compile=self.compile, media=media)
         process, sampling = self._laws(processors, pads, config, target, agree)
         record = ScoreRecord(
             sampling,

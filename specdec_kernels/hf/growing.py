@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from ..drafters.growth import Block
 from .attention import TreeCall, handing, ignores_attention
-from .cache import TreeCache, cache_keyword
+from .cache import TreeCache, cache_keyword, positions_of
 from .support import decoder_of
-from .target import HFTarget
+from .target import HFTarget, asking_for, logits_at
 
 
 class GrowingTarget(HFTarget):
@@ -28,7 +28,7 @@ class GrowingTarget(HFTarget):
         for layer in own.tree_layers:
             layer.cache = own
         own.layers = list(own.tree_layers)
-        own.lengths = cache.lengths
+        own.lengths, own.offsets = cache.lengths, cache.offsets
         self._cache = own
 
     def grow(self, block: Block, *, only_last: bool = False) -> Tensor:
@@ -46,7 +46,8 @@ class GrowingTarget(HFTarget):
             sources=block.sources,
             places=block.places,
         )
-        positions = cache.lengths[:, None] + block.depths.gather(1, block.places)
+        depths = block.depths.gather(1, block.places)
+        positions = positions_of(cache.lengths, depths, cache.offsets)
         limit = num_positions(self.model)
         batch = len(block.tokens)
         no_mask = torch.empty((batch, 1, 1, 0), dtype=torch.bool, device=self.device)
@@ -56,15 +57,15 @@ class GrowingTarget(HFTarget):
                 input_ids=block.tokens,
                 attention_mask=no_mask,
                 # guesses may lie beyond the last position
-                position_ids=positions.long().clamp_max(limit - 1),
+                position_ids=positions.clamp_max(limit - 1),
                 use_cache=True,
                 **{cache_keyword(self.model): cache},
-                **({"logits_to_keep": last} if only_last else {}),
+                **asking_for(last if only_last else None, self.model),
             )
         if call.num_layers == 0:
             raise ValueError(ignores_attention(type(self.model).__name__))
         logits: Tensor = out.logits
-        return logits
+        return logits_at(last, logits) if only_last else logits
 
 
 def num_positions(model: PreTrainedModel) -> int:

@@ -42,6 +42,10 @@ class Locality:
 FULL = Locality()
 
 
+class NotLocal(ValueError):
+    """A layer sees other keys than those before a query, within windows or chunks."""
+
+
 def mark_locality(
     *,
     mask_function: Callable[..., Tensor],
@@ -76,13 +80,14 @@ def locality_of(name: str, mask: Tensor | None, sliding_window: int | None) -> L
     """What the mask of a layer says.
 
     Raises:
+        NotLocal: another mask than windows and chunks.
         ValueError: a mask that `mark_locality` did not make, or a layer that contradicts it.
     """
     if mask is None or mask.dim() != 4 or mask.shape[3] != 0:
         raise ValueError(f"{name} makes its own attention masks, which token trees do not support")
     kind, size = _KINDS[mask.shape[1]], mask.shape[2]
     if kind == "other":
-        raise ValueError(f"{name} attends neither causally nor by windows or chunks of that")
+        raise NotLocal(f"{name} attends neither causally nor by windows or chunks of that")
     window, chunk = size * (kind == "window"), size * (kind == "chunk")
     if sliding_window and chunk:
         raise ValueError(f"{name} has both a sliding window and chunks")

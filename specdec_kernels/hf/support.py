@@ -20,9 +20,10 @@ from transformers.generation.logits_process import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .architectures import EXACT, why_refused
+from .architectures import EXACT, WITH_MEDIA, why_refused
 from .attention import ignores_attention
 from .cache import CACHE_KEYWORDS
+from .media import BY_TOKEN
 
 _RECURRENT = ("linear", "mamba", "conv", "recurrent", "ssm", "rwkv")
 _DYNAMIC_LAYERS = "torch.ao.nn.quantized.dynamic."
@@ -160,9 +161,16 @@ def _rope_settings(config: Any) -> list[Mapping[str, Any]]:
 
 
 def check_request(
-    config: GenerationConfig, input_ids: Tensor, model_inputs: Mapping[str, Any]
-) -> None:
-    """Raise ValueError for generation modes and inputs that cannot be exact."""
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    input_ids: Tensor,
+    model_inputs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Raise ValueError for generation modes and inputs that cannot be exact.
+
+    Returns:
+        the inputs of images and sounds in the prompts.
+    """
     if (config.num_beams or 1) > 1:
         raise ValueError(f"num_beams must be 1 with speculation, got {config.num_beams}")
     mode = config.get_generation_mode()
@@ -181,9 +189,17 @@ def check_request(
             raise ValueError(f"{option}=True is not supported with speculation")
     if model_inputs.get("inputs_embeds") is not None or input_ids.dim() != 2:
         raise ValueError("inputs_embeds is not supported: drafts are token ids; pass input_ids")
-    unknown = [k for k, v in model_inputs.items() if k not in _HANDLED_INPUTS and not _is_empty(v)]
-    if unknown:
-        raise ValueError(f"model inputs not supported with speculation: {', '.join(unknown)}")
+    others = {k: v for k, v in model_inputs.items() if k not in _HANDLED_INPUTS}
+    others = {k: v for k, v in others.items() if not _is_empty(v)}
+    if model.config.get_text_config(decoder=True) is not model.config:  # text, if all are of a type
+        others = {k: v for k, v in others.items() if k not in BY_TOKEN or bool(v.any())}
+    if others and model.config.model_type not in WITH_MEDIA:
+        name, rest = type(model).__name__, ", ".join(others)
+        raise ValueError(
+            f"model inputs not supported with speculation: {name} either ignores them or reads "
+            f"them in a way that is not tested to be exact: {rest}"
+        )
+    return others
 
 
 def check_position_ids(position_ids: Tensor | None, prompts: list[list[int]]) -> None:

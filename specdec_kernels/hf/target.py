@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -12,9 +13,11 @@ from transformers import PreTrainedModel
 from ..ops import tree_mask
 from ..shapes import PAD
 from ..tree import TokenTree, pad_rows
-from .attention import Localities, TreeCall, current_call, handing, ignores_attention
-from .cache import TreeCache, cache_keyword
+from .attention import AsItIs, Call, TreeCall, current_call, handing, ignores_attention
+from .cache import TreeCache, cache_keyword, positions_of
 from .compiled import Backend, CompiledStep, pad_tree
+from .locality import NotLocal
+from .media import Media
 from .ragged import Ragged
 from .support import vocab_size
 
@@ -48,6 +51,7 @@ class HFTarget:
             `compile`.
         cache: one that may hold the beginning of the prompts; a new one if None.
         compile: run tree steps under `torch.compile`; True, or one of its backends.
+        media: images and sounds in the prompts.
 
     Attributes:
         watchers: told what is kept.
@@ -60,6 +64,7 @@ class HFTarget:
         cache: TreeCache | None = None,
         *,
         compile: Backend = False,
+        media: Media | None = None,
     ) -> None:
         self.model = model
         self.device = model.device
@@ -67,6 +72,7 @@ class HFTarget:
         self.watchers: list[Watcher] = []
         self._cache = cache
         self._capacity = capacity
+        self._media = media
         self._step = CompiledStep.of(model, compile) if compile else None
         self._is_in_step = False
         parts = (module for module in model.modules() if module is not model)
@@ -83,7 +89,8 @@ class HFTarget:
         them would have to wait for it; others' hooks on parts of the model may expect the rows.
         """
         wants_rows = self._has_hooks or any(watcher.wants_rows for watcher in self.watchers)
-        return self.is_compiled or self.device.type != "cpu" or wants_rows
+        has_rows = wants_rows or self._media is not None
+        return self.is_compiled or self.device.type != "cpu" or has_rows
 
     @property
     def cache(self) -> TreeCache:
@@ -99,7 +106,7 @@ class HFTarget:
         if self._cache is None:
             self._cache = TreeCache(self.model, len(prompts))
         cache = self.cache
-        shared = cache.rewind(prompts)
+        shared = cache.rewind(prompts, self._media)
         cache.reserve(self._capacity)
         if any(shared) and not any(watcher.wants_all for watcher in self.watchers):
             return self._continue(prompts, shared)
@@ -108,7 +115,10 @@ class HFTarget:
         # some models view it as one row
         positions = torch.arange(tokens.shape[1], device=self.device).repeat(len(prompts), 1)
         cache.num_nodes = None
-        logits = self._run(cache.localities, tokens, positions, lengths, only_last=True)
+        if self._media is None:
+            logits = self._run(cache.localities, tokens, positions, lengths, only_last=True)
+        else:
+            logits = self._prefill_media(self._media, tokens, positions, lengths)
         cache.start(lengths)
         for watcher in self.watchers:
             watcher.prefilled([len(p) for p in prompts])
@@ -139,13 +149,31 @@ class HFTarget:
             return False
         if isinstance(call, TreeCall):
             return call.lengths is cache.lengths
-        return call is cache.localities
+        return call is cache.localities or (isinstance(call, AsItIs) and call.cache is cache)
 
     def commit(self, path: Tensor, num_kept: Tensor) -> None:
         """See `decoding.Target.commit`."""
         self.cache.commit(path, num_kept.to(self.device))
         for watcher in self.watchers:
             watcher.committed(path, num_kept)
+
+    def _prefill_media(
+        self, media: Media, tokens: Tensor, positions: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """Logits [B, 1, V] after prompts with images or sounds."""
+        localities, pads = self.cache.localities, positions >= lengths[:, None]
+        places = positions if media.positions is None else media.positions
+
+        def run(call: Call, **inputs: Any) -> Tensor:
+            return self._run(
+                call, tokens, places, lengths, only_last=True, **media.inputs, **inputs
+            )
+
+        try:
+            return run(localities)
+        except NotLocal:  # images that see ahead
+            self._run(localities, tokens[:, :1], positions[:, :1], lengths.clamp_max(1))  # learn it
+            return run(AsItIs(self.cache), attention_mask=(~pads).long())
 
     def _continue(self, prompts: Sequence[Sequence[int]], shared: list[int]) -> Tensor:
         """Score what the cache does not hold yet, as a chain behind it."""
@@ -166,7 +194,7 @@ class HFTarget:
         assert cache.lengths is not None
         cache.num_nodes = tree.num_nodes
         ancestors, depths = tree_mask(tree.parents, tree.num_nodes)
-        positions = (cache.lengths[:, None] + depths).long()
+        positions = positions_of(cache.lengths, depths, cache.offsets)
         call = TreeCall(
             ancestors, depths, cache.lengths, tree.num_nodes, cache.localities, is_whole=True
         )
@@ -180,19 +208,24 @@ class HFTarget:
 
     def _run(
         self,
-        call: TreeCall | Localities,
+        call: Call,
         tokens: Tensor,
         positions: Tensor,
         sizes: Tensor,
         *,
-        only_last: bool,
+        only_last: bool = False,
+        **inputs: Any,
     ) -> Tensor:
-        """Logits [B, N, V] of tokens [B, N], so many of each row, or [B, 1, V] of each last one."""
+        """Logits [B, N, V] of tokens [B, N], so many of each row, or [B, 1, V] of each last one.
+
+        Args:
+            **inputs: of the model, besides.
+        """
         ragged = None if self.pads else Ragged.of(sizes, tokens.shape[1])
-        options: dict[str, Any] = {}
+        options, last = dict(inputs), None
         if only_last:
             last = (sizes.long() - 1)[:, None]
-            options["logits_to_keep"] = last if ragged is None else ragged.places.gather(1, last).T
+            last = last if ragged is None else ragged.places.gather(1, last).T
         if ragged is not None:
             tokens, positions = ragged.join(tokens), ragged.join(positions)
         if isinstance(call, TreeCall):
@@ -206,9 +239,28 @@ class HFTarget:
                 position_ids=positions,
                 use_cache=True,
                 **{cache_keyword(self.model): self.cache},
+                **asking_for(last, self.model),
                 **options,
             )
+        if last is not None:
+            return logits_at(last, out.logits).view(len(sizes), 1, -1)
         logits: Tensor = out.logits
-        if only_last:
-            return logits.view(len(sizes), 1, -1)
         return logits if ragged is None else ragged.split(logits)
+
+
+def asking_for(places: Tensor | None, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Keyword by which a model computes the logits of these places [R, K] of its rows only."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_it = any(p.name == "logits_to_keep" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return {"logits_to_keep": places} if places is not None and takes_it else {}
+
+
+def logits_at(places: Tensor, logits: Tensor) -> Tensor:
+    """Logits [R, K, V] of a model that was asked for these places. Some answer with all; those that
+    index with what they are given, as all did once, with the places of all rows in each.
+    """
+    if logits.dim() == 4:
+        rows = torch.arange(len(places), device=logits.device)
+        return logits[rows, rows]
+    is_answer = logits.shape[1] == places.shape[1]
+    return logits if is_answer else logits.take_along_dim(places[..., None], 1)
