@@ -22,6 +22,8 @@ _USUAL = """
 llava llava_onevision idefics3 gemma3 qwen2_5_vl qwen3_vl qwen2_audio
 """
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+PLANS = ((3, 2, 4), (9,), (5, 0))
+"""Words around images: two, none, and one at the end."""
 INSTALLED = sorted(set(KINDS) & set(CONFIG_MAPPING))
 """The oldest transformers that is supported lacks a few."""
 
@@ -48,10 +50,10 @@ def _oracle(model: Any, inputs: dict[str, Any], prompts: list[Tensor]) -> Oracle
 def test_a_ragged_batch_with_images_is_exact(model_type: str) -> None:
     model = tiny_media_model(model_type)
     own = model.config._attn_implementation
-    prompts = media_prompts(model_type, (6, 2, 11))
+    prompts = media_prompts(model_type, *PLANS)
     inputs = media_inputs(model_type, prompts)
     want = _written(model.generate(**inputs, **GREEDY), inputs)
-    other = media_inputs(model_type, prompts, seed=1)
+    other = media_inputs(model_type, prompts, seed=3)
     assert _written(model.generate(**other, **GREEDY), other) != want, "images must matter"
     for drafter in (_oracle(model, inputs, prompts), "auto", None):
         decoder = SpeculativeDecoder(drafter)
@@ -79,7 +81,7 @@ def test_every_type_in_the_table_is_tested() -> None:
 def test_other_drafters_and_steps_write_the_same(model_type: str) -> None:
     """A draft model reads tokens alone; the first layers share the target's cache."""
     model = tiny_media_model(model_type)
-    inputs = media_inputs(model_type, media_prompts(model_type, (6, 2, 11)))
+    inputs = media_inputs(model_type, media_prompts(model_type, *PLANS))
     want = model.generate(**inputs, **GREEDY)
     draft = tiny_model("llama")
     for drafter in (ModelDrafter(DraftModel(draft)), ModelDrafter(EarlyExitModel(2))):
@@ -89,7 +91,7 @@ def test_other_drafters_and_steps_write_the_same(model_type: str) -> None:
 
 def test_sampled_rows_follow_their_seeds() -> None:
     model = tiny_media_model("qwen3_vl")
-    prompts = media_prompts("qwen3_vl", (6, 2))
+    prompts = media_prompts("qwen3_vl", (3, 6), (4, 2))
     inputs = media_inputs("qwen3_vl", prompts)
     options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": True, "temperature": 0.9}
     options |= {"num_return_sequences": 2, "seed": 5}
@@ -104,7 +106,7 @@ def test_sampled_rows_follow_their_seeds() -> None:
 def test_positions_behind_an_image_are_not_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six tokens of an image lie in two rows of three: what follows is three positions behind."""
     model = tiny_media_model("qwen2_5_vl")
-    inputs = media_inputs("qwen2_5_vl", media_prompts("qwen2_5_vl", (6, 2)))
+    inputs = media_inputs("qwen2_5_vl", media_prompts("qwen2_5_vl", (3, 6), (4, 2)))
     want = model.generate(**inputs, **GREEDY)
     made = []
     of = Media.of
@@ -121,7 +123,7 @@ def test_positions_behind_an_image_are_not_slots(monkeypatch: pytest.MonkeyPatch
 def test_a_conversation_goes_on_with_its_images_only() -> None:
     """Tokens do not tell images apart, so nothing of the cache is kept."""
     model = tiny_media_model("llava")
-    (prompt,) = media_prompts("llava", (6,))
+    (prompt,) = media_prompts("llava", (3, 6))
     inputs = media_inputs("llava", [prompt])
     first = generate(model, **inputs, **GREEDY, return_dict_in_generate=True)
     cache = first["cache"] if "cache" in first else first["past_key_values"]
@@ -137,7 +139,7 @@ def test_a_conversation_goes_on_with_its_images_only() -> None:
 
 def test_images_of_other_types_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_media_model("llava")
-    inputs = media_inputs("llava", media_prompts("llava", (6,)))
+    inputs = media_inputs("llava", media_prompts("llava", (3, 6)))
     monkeypatch.setattr(support, "WITH_MEDIA", WITH_MEDIA - {"llava"})
     with pytest.raises(ValueError, match=r"LlavaForCond.* reads them in a way .* (mm_enc|pixel)"):
         generate(model, **inputs, **GREEDY)

@@ -225,15 +225,16 @@ def tiny_media_model(model_type: str) -> Any:
     return model
 
 
-def media_prompts(model_type: str, num_words: Sequence[int], seed: int = 0) -> list[Tensor]:
-    """Prompts [P] with one image each, and so many words behind it."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def words(num: int) -> Tensor:
-        return torch.randint(_FIRST_WORD, VOCAB, (num,), generator=generator)
-
+def media_prompts(model_type: str, *plans: Sequence[int]) -> list[Tensor]:
+    """Prompts [P]: so many words, an image, so many words, and so on."""
+    generator = torch.Generator().manual_seed(0)
     image = torch.tensor([START, *[IMAGE] * KINDS[model_type][1], END])
-    return [torch.cat([words(3), image, words(num)]) for num in num_words]
+    prompts = []
+    for plan in plans:
+        words = [torch.randint(_FIRST_WORD, VOCAB, (num,), generator=generator) for num in plan]
+        parts = [part for some in words for part in (some, image)]
+        prompts.append(torch.cat(parts[:-1]))
+    return prompts
 
 
 def media_inputs(
@@ -246,7 +247,8 @@ def media_inputs(
         inputs["token_type_ids"] = kinds
     elif "image_grid_thw" in images(model_type, 1) and "omni" not in model_type:
         inputs["mm_token_type_ids"] = kinds
-    return inputs | (images(model_type, len(prompts), seed) if media else {})
+    starts = int((inputs["input_ids"] == START).sum())
+    return inputs | (images(model_type, starts, seed) if media else {})
 
 
 def images(model_type: str, num: int, seed: int = 0) -> dict[str, Any]:
