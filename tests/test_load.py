@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_media import tiny_media_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec_kernels.hf import load, load_model
@@ -60,6 +61,15 @@ def test_loads_any_folder_in_the_asked_dtype(tiny_model: Any, smollm2: Any, tmp_
     model, _ = load_model(tmp_path, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
     assert torch.equal(model.lm_head.weight, tiny_model.lm_head.weight.bfloat16())
+
+
+def test_loads_a_model_that_reads_images(smollm2: Any, tmp_path: Path) -> None:
+    made = tiny_media_model("qwen2_vl")
+    made.save_pretrained(tmp_path)
+    smollm2[1].save_pretrained(tmp_path)
+    model, _ = load_model(tmp_path, dtype=torch.float32)
+    assert type(model) is type(made)
+    assert torch.equal(model.lm_head.weight, made.lm_head.weight)
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty"])

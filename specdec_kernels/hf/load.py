@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer; "smollm2" comes from a pip package, not a hub."""
+"""Load a language model and its tokenizer; "smollm2" comes from a pip package, not a hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -47,7 +51,11 @@ def load_model(
     """
     source = str(_converted(str(name)) if str(name) in _PACKAGED else name)
     with _explaining("load_model", name):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        kind = type(AutoConfig.from_pretrained(source))
+        has_media = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING
+        is_text = kind in MODEL_FOR_CAUSAL_LM_MAPPING or not has_media
+        auto = AutoModelForCausalLM if is_text else AutoModelForMultimodalLM
+        model = auto.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     return model, tokenizer
 
