@@ -15,7 +15,10 @@ from transformers import CONFIG_MAPPING, LlamaForCausalLM
 from specdec_kernels import ModelDrafter, OracleDrafter, SpeculativeDecoder, generate
 from specdec_kernels.hf import DraftModel, EarlyExitModel, support
 from specdec_kernels.hf.architectures import WITH_MEDIA, support_rows
+from specdec_kernels.hf.attention import tree_attention_in
+from specdec_kernels.hf.features import HFTargetView
 from specdec_kernels.hf.media import Media
+from specdec_kernels.hf.target import HFTarget
 
 NEW = 12
 _USUAL = """
@@ -87,6 +90,24 @@ def test_other_drafters_and_steps_write_the_same(model_type: str) -> None:
     for drafter in (ModelDrafter(DraftModel(draft)), ModelDrafter(EarlyExitModel(2))):
         assert generate(model, **inputs, **GREEDY, drafter=drafter).equal(want)
     assert generate(model, **inputs, **GREEDY, compile="eager").equal(want)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl", "gemma3"])
+@torch.no_grad()
+def test_heads_see_the_hidden_states_of_images(model_type: str) -> None:
+    model = tiny_media_model(model_type)
+    (prompt,) = media_prompts(model_type, (3, 4))
+    inputs = media_inputs(model_type, [prompt])
+    want = model(**inputs, output_hidden_states=True).hidden_states[-1][0]
+    del inputs["input_ids"], inputs["attention_mask"]
+    positions = model._prepare_position_ids_for_generation(prompt[None], inputs)
+    media = Media.of(inputs, positions, [prompt.tolist()])
+    target = HFTarget(model, 40, media=media)
+    view = HFTargetView(target)
+    with tree_attention_in(model), view.watch() as features:
+        target.prefill([prompt.tolist()])
+        (got,) = features.take()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_sampled_rows_follow_their_seeds() -> None:
