@@ -12,7 +12,13 @@ from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 from transformers import CONFIG_MAPPING, LlamaForCausalLM
 
-from specdec_kernels import ModelDrafter, OracleDrafter, SpeculativeDecoder, generate
+from specdec_kernels import (
+    ModelDrafter,
+    OracleDrafter,
+    SampledTree,
+    SpeculativeDecoder,
+    generate,
+)
 from specdec_kernels.hf import DraftModel, EarlyExitModel, support
 from specdec_kernels.hf.architectures import WITH_MEDIA, support_rows
 from specdec_kernels.hf.attention import tree_attention_in
@@ -96,18 +102,34 @@ def test_other_drafters_and_steps_write_the_same(model_type: str) -> None:
 @torch.no_grad()
 def test_heads_see_the_hidden_states_of_images(model_type: str) -> None:
     model = tiny_media_model(model_type)
-    (prompt,) = media_prompts(model_type, (3, 4))
-    inputs = media_inputs(model_type, [prompt])
-    want = model(**inputs, output_hidden_states=True).hidden_states[-1][0]
-    del inputs["input_ids"], inputs["attention_mask"]
-    positions = model._prepare_position_ids_for_generation(prompt[None], inputs)
-    media = Media.of(inputs, positions, [prompt.tolist()])
-    target = HFTarget(model, 40, media=media)
-    view = HFTargetView(target)
-    with tree_attention_in(model), view.watch() as features:
-        target.prefill([prompt.tolist()])
-        (got,) = features.take()
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    prompts = media_prompts(model_type, (3, 2, 4), (9,), (5, 0))
+    prompts[-1] = prompts[-1][:-1]  # ends with an image, which padding must not go on with
+    inputs = media_inputs(model_type, prompts)
+    ids = inputs.pop("input_ids")
+    positions = model._prepare_position_ids_for_generation(ids, inputs)
+    mask = inputs.pop("attention_mask")
+    options = {"output_hidden_states": True, "position_ids": positions}
+    want = model(ids, attention_mask=mask, **options, **inputs).hidden_states[-1]
+    rows = [prompt.tolist() for prompt in prompts]
+    target = HFTarget(model, 40, media=Media.of(inputs, positions, rows))
+    with tree_attention_in(model), HFTargetView(target).watch() as features:
+        target.prefill(rows)
+        got = features.take()
+    assert [len(states) for states in got] == [len(row) for row in rows]
+    for states, whole, row in zip(got, want, rows, strict=True):
+        torch.testing.assert_close(states, whole[-len(row) :], rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_layers_draft_where_the_target_is() -> None:
+    """Behind an image, too: where the last layer changes nothing, all that they draft is right."""
+    model = tiny_media_model("qwen2_5_vl")
+    last = model.model.language_model.layers[-1]
+    torch.nn.init.zeros_(last.self_attn.o_proj.weight)
+    torch.nn.init.zeros_(last.mlp.down_proj.weight)
+    inputs = media_inputs("qwen2_5_vl", media_prompts("qwen2_5_vl", (3, 6), (4, 2)))
+    decoder = SpeculativeDecoder(ModelDrafter(EarlyExitModel(2), SampledTree([1, 1, 1])))
+    model.generate(**inputs, **GREEDY | {"max_new_tokens": 13}, custom_generate=decoder)
+    assert decoder.stats.num_accepted == decoder.stats.num_drafted == [9, 9]
 
 
 def test_sampled_rows_follow_their_seeds() -> None:
@@ -166,12 +188,20 @@ def test_images_of_other_types_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
         generate(model, **inputs, **GREEDY)
 
 
-def test_kinds_of_tokens_say_nothing_where_all_are_words() -> None:
+@pytest.mark.parametrize("model_type", ["gemma3", "gemma4"])
+def test_kinds_of_tokens_say_nothing_where_all_are_words(model_type: str) -> None:
     """Processors give them for text alone, too."""
-    model = tiny_media_model("gemma3")
+    model = tiny_media_model("gemma3") if model_type == "gemma3" else tiny_model(model_type)
     words = left_pad(random_prompts((9, 5), VOCAB, seed=3))
-    words["token_type_ids"] = torch.zeros_like(words["input_ids"])
+    name = "token_type_ids" if model_type == "gemma3" else "mm_token_type_ids"
+    words[name] = torch.zeros_like(words["input_ids"])
     assert generate(model, **words, **GREEDY).equal(model.generate(**words, **GREEDY))
+
+
+class _HandsItOn(LlamaForCausalLM):
+    def forward(self, input_ids: Tensor, position_ids: Any = None, **kwargs: Any) -> Any:
+        self.has_asked = "logits_to_keep" in kwargs or getattr(self, "has_asked", False)
+        return super().forward(input_ids, position_ids=position_ids, **kwargs)
 
 
 class _AnswersWithAll(LlamaForCausalLM):
@@ -206,7 +236,7 @@ class _AnswersForAllRows(LlamaForCausalLM):
         return out
 
 
-@pytest.mark.parametrize("own", [_AnswersWithAll, _IsNotAsked, _AnswersForAllRows])
+@pytest.mark.parametrize("own", [_HandsItOn, _AnswersWithAll, _IsNotAsked, _AnswersForAllRows])
 @pytest.mark.parametrize("lengths", [(9,), (9, 7, 8), (19, 3, 8)])
 def test_models_that_compute_the_logits_of_other_places(
     own: type[LlamaForCausalLM], lengths: tuple[int, ...]
@@ -219,3 +249,4 @@ def test_models_that_compute_the_logits_of_other_places(
     want = like.generate(**inputs, **GREEDY)
     for drafter in ("auto", ModelDrafter(DraftModel(model))):
         assert generate(model, **inputs, **GREEDY, drafter=drafter).equal(want)
+    assert getattr(model, "has_asked", True), "no prompt needs all of its logits"

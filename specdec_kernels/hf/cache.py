@@ -137,7 +137,7 @@ class TreeCache(Cache):
         Returns:
             the slots kept in each row.
         """
-        if self.has_media or media is not None:
+        if media is not None:
             self.tokens = [[] for _ in prompts]
         self.has_media = media is not None
         self.offsets = None if media is None else media.offsets
