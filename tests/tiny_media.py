@@ -66,14 +66,21 @@ _GRID = (1, 4, 6)
 
 
 def _around(
-    text: str, encoder: str | None = None, projected: int = 16, **options: Any
+    text: str,
+    encoder: str | None = None,
+    projected: int = 16,
+    ahead: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     vision = _VISION | ({} if encoder is None else {"model_type": encoder})
     vision["projection_dim"] = projected
-    if encoder == "pixtral":
-        vision["head_dim"] = 8
+    if encoder in ("pixtral", "gemma4_vision"):
+        vision |= {"head_dim": 8, "num_key_value_heads": 2}
+    config = tiny_config(text).to_dict()
+    if ahead is not None:
+        config["use_bidirectional_attention"] = ahead
     return {
-        "text_config": tiny_config(text).to_dict(),
+        "text_config": config,
         "vision_config": vision,
         "image_token_id": IMAGE,
         "image_token_index": IMAGE,
@@ -112,6 +119,12 @@ def _patches(num: int, generator: torch.Generator) -> dict[str, Any]:
     return {"pixel_values": patches, "image_grid_thw": torch.tensor([_GRID] * num)}
 
 
+def _placed(num: int, generator: torch.Generator) -> dict[str, Any]:
+    patches = torch.rand((num, 36, 3 * 14 * 14), generator=generator)
+    places = torch.cartesian_prod(torch.arange(6), torch.arange(6)).expand(num, -1, -1)
+    return {"pixel_values": patches, "image_position_ids": places}
+
+
 def _mel(num: int, generator: torch.Generator) -> dict[str, Any]:
     return {"input_features": torch.randn((num, 8, 16), generator=generator) * 2.0}
 
@@ -137,6 +150,14 @@ KINDS: dict[str, Kind] = {
         lambda: _around("gemma3_text", "siglip_vision_model", mm_tokens_per_image=4),
         4,
         _PLAIN,
+    ),
+    "gemma4": (
+        lambda: (
+            _around("gemma4_text", "gemma4_vision", ahead="vision")
+            | {"boi_token_id": START, "eoi_token_id": END, "video_token_id": VIDEO}
+        ),
+        4,
+        _placed,
     ),
     "glm46v": (lambda: _in_a_grid("glm4v_text"), 6, _patches),
     "glm4v": (lambda: _in_a_grid("glm4v_text"), 6, _patches),
@@ -245,7 +266,9 @@ def media_inputs(
     kinds = (inputs["input_ids"] == IMAGE).long()
     if model_type == "gemma3":
         inputs["token_type_ids"] = kinds
-    elif "image_grid_thw" in images(model_type, 1) and "omni" not in model_type:
+    elif model_type == "gemma4" or (
+        "image_grid_thw" in images(model_type, 1) and "omni" not in model_type
+    ):
         inputs["mm_token_type_ids"] = kinds
     starts = int((inputs["input_ids"] == START).sum())
     return inputs | (images(model_type, starts, seed) if media else {})

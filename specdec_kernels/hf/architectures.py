@@ -28,8 +28,8 @@ sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
 xlm-roberta-xl youtu
 """
 _MEDIA = """
-aria aya_vision cohere2_vision deepseek_vl gemma3 glm46v glm4v glm4v_moe glm_ocr idefics2 idefics3
-internvl janus lighton_ocr llava llava_next llava_next_video llava_onevision mistral3
+aria aya_vision cohere2_vision deepseek_vl gemma3 gemma4 glm46v glm4v glm4v_moe glm_ocr idefics2
+idefics3 internvl janus lighton_ocr llava llava_next llava_next_video llava_onevision mistral3
 qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_vl qwen3_vl qwen3_vl_moe smolvlm video_llava
 vipllava voxtral
 """
