@@ -44,6 +44,10 @@ class Ragged:
         """[B, N, ...] -> [1, T, ...]."""
         return rows.flatten(0, 1).index_select(0, self.tokens)[None]
 
+    def join_last(self, numbers: Tensor) -> Tensor:
+        """[..., B, N] -> [..., 1, T]."""
+        return numbers.flatten(-2).index_select(-1, self.tokens).unsqueeze(-2)
+
     def split(self, joined: Tensor) -> Tensor:
         """[1, T, ...] -> [B, N, ...]; padding holds some token's values."""
         split = joined[0].index_select(0, self.places.flatten())

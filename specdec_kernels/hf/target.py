@@ -89,8 +89,7 @@ class HFTarget:
         them would have to wait for it; others' hooks on parts of the model may expect the rows.
         """
         wants_rows = self._has_hooks or any(watcher.wants_rows for watcher in self.watchers)
-        has_rows = wants_rows or self._media is not None
-        return self.is_compiled or self.device.type != "cpu" or has_rows
+        return self.is_compiled or self.device.type != "cpu" or wants_rows
 
     @property
     def cache(self) -> TreeCache:
@@ -165,9 +164,8 @@ class HFTarget:
         places = positions if media.positions is None else media.positions
 
         def run(call: Call, **inputs: Any) -> Tensor:
-            return self._run(
-                call, tokens, places, lengths, only_last=True, **media.inputs, **inputs
-            )
+            inputs |= media.inputs
+            return self._run(call, tokens, places, lengths, only_last=True, by_rows=True, **inputs)
 
         try:
             return run(localities)
@@ -214,20 +212,22 @@ class HFTarget:
         sizes: Tensor,
         *,
         only_last: bool = False,
+        by_rows: bool = False,
         **inputs: Any,
     ) -> Tensor:
         """Logits [B, N, V] of tokens [B, N], so many of each row, or [B, 1, V] of each last one.
 
         Args:
+            by_rows: also where rows could be joined.
             **inputs: of the model, besides.
         """
-        ragged = None if self.pads else Ragged.of(sizes, tokens.shape[1])
+        ragged = None if by_rows or self.pads else Ragged.of(sizes, tokens.shape[1])
         options, last = dict(inputs), None
         if only_last:
             last = (sizes.long() - 1)[:, None]
             last = last if ragged is None else ragged.places.gather(1, last).T
         if ragged is not None:
-            tokens, positions = ragged.join(tokens), ragged.join(positions)
+            tokens, positions = ragged.join_last(tokens), ragged.join_last(positions)
         if isinstance(call, TreeCall):
             # A 4-D mask keeps transformers from making its own; the attention reads `call` instead.
             options["attention_mask"] = torch.empty(
