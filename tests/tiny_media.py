@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from prompts import left_pad
-from tiny_models import VOCAB, tiny_config
+from tiny_models import ENCODER_SIZES, VOCAB, tiny_config
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -15,14 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 IMAGE, VIDEO, START, END = 5, 6, 7, 8
 _FIRST_WORD = 20
 
-_VISION: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+_VISION: dict[str, Any] = ENCODER_SIZES | {"num_hidden_layers": 2}
 _GRID_VISION: dict[str, Any] = {
     "depth": 2,
     "embed_dim": 16,
@@ -40,19 +33,13 @@ _GRID_VISION: dict[str, Any] = {
     "deepstack_visual_indexes": [0],
     "image_size": 56,
 }
-_AUDIO: dict[str, Any] = {
+_AUDIO: dict[str, Any] = ENCODER_SIZES | {
     "d_model": 16,
     "encoder_layers": 1,
     "encoder_attention_heads": 2,
     "encoder_ffn_dim": 16,
     "num_mel_bins": 8,
     "max_source_positions": 8,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": 8,
 }
 _ROWS_AND_COLUMNS = {
@@ -74,8 +61,6 @@ def _around(
 ) -> dict[str, Any]:
     vision = _VISION | ({} if encoder is None else {"model_type": encoder})
     vision["projection_dim"] = projected
-    if encoder in ("pixtral", "gemma4_vision"):
-        vision |= {"head_dim": 8, "num_key_value_heads": 2}
     config = tiny_config(text).to_dict()
     if ahead is not None:
         config["use_bidirectional_attention"] = ahead

@@ -163,7 +163,7 @@ _TEXT_PARTS = {
     "llama4": "llama4_text",
     "mllama": "mllama_text_model",
 }
-_ENCODER_SIZES = {
+ENCODER_SIZES = {
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
@@ -178,6 +178,6 @@ _ENCODER_SIZES = {
 def _with_encoders(model_type: str) -> Any:
     """A multimodal configuration around a tiny text model."""
     kind = type(AutoConfig.for_model(model_type))
-    parts: dict[str, Any] = {name: dict(_ENCODER_SIZES) for name in kind.sub_configs}
+    parts: dict[str, Any] = {name: dict(ENCODER_SIZES) for name in kind.sub_configs}
     parts["text_config"] = tiny_config(_TEXT_PARTS[model_type]).to_dict()
     return kind(**parts)
