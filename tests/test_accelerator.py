@@ -43,6 +43,9 @@ from specdec_kernels.pass_timer import PassTimer
 from specdec_kernels.tree import at_once
 
 NEW = 10
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="to pretend, PyTorch must be built with CUDA"
+)
 TWO_LEVELS = TopKTree(4, depth=2, width=2)
 SAMPLED = {"do_sample": True, "seed": [1, 2, 3]}
 

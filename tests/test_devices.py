@@ -66,11 +66,15 @@ def test_weights_shared_by_processes_with_texts_of_their_own_are_refused(
 
 def test_a_model_spread_over_two_devices_is_refused(tiny_model, monkeypatch) -> None:
     inputs = left_pad(random_prompts((5,), VOCAB))
-    spread = {"model.layers.0": 0, "model.layers.1": 1}
+    # a PyTorch without CUDA does not know what their numbers mean
+    first, second = (0, 1) if torch.backends.cuda.is_built() else ("cuda:0", "cuda:1")
+    spread = {"model.layers.0": first, "model.layers.1": second}
     monkeypatch.setattr(tiny_model, "hf_device_map", spread, raising=False)
     with pytest.raises(ValueError, match="spread over 2 devices by device_map"):
         tiny_model.generate(**inputs, max_new_tokens=3, custom_generate=SpeculativeDecoder())
-    monkeypatch.setattr(tiny_model, "hf_device_map", {"model": 0, "lm_head": "cpu"}, raising=False)
+    monkeypatch.setattr(
+        tiny_model, "hf_device_map", {"model": first, "lm_head": "cpu"}, raising=False
+    )
     tiny_model.generate(**inputs, max_new_tokens=3, custom_generate=SpeculativeDecoder())
 
 

@@ -130,20 +130,27 @@ def current_call() -> Call | None:
     return _call.get()
 
 
+def _joined() -> Ragged | None:
+    """What `handing` was given. Compiled steps join no rows, and a graph cannot ask before torch
+    2.14.
+    """
+    return None if torch.compiler.is_compiling() else _ragged.get()
+
+
 def is_ragged() -> bool:
     """Whether the model computes the tokens of all rows as those of one."""
-    return _ragged.get() is not None
+    return _joined() is not None
 
 
 def by_rows(computed: Tensor) -> Tensor:
     """What a layer computed, [B, N, ...], also in a pass over the tokens of all rows as one."""
-    ragged = _ragged.get()
+    ragged = _joined()
     return computed if ragged is None else ragged.split(computed)
 
 
 def heads_by_rows(computed: Tensor) -> Tensor:
     """`by_rows` of [B, H, N, D]."""
-    ragged = _ragged.get()
+    ragged = _joined()
     if ragged is None:
         return computed  # views cost, too, where the caches are cold
     return ragged.split(computed.transpose(1, 2)).transpose(1, 2)
@@ -311,7 +318,7 @@ def _attend(
         call.by_layer[layer] = locality
     elif locality != FULL:
         raise ValueError(f"{type(module).__name__}: local attention in a layer without layer_idx")
-    ragged = _ragged.get()
+    ragged = _joined()
     if ragged is None:
         return attend_prompt(query, key, value, locality, **options)
     rows = [
@@ -358,7 +365,7 @@ def attend_tree(
             softcap=softcap,
             sinks=sinks,
         )
-    ragged = _ragged.get()
+    ragged = _joined()
     if ragged is not None:
         out = ragged.join(out.transpose(1, 2)).transpose(1, 2)
     return out if call.places is None else _spread(out, call.places)
