@@ -18,6 +18,7 @@ from specdec_kernels import (
     SpeculativeDecoder,
     layouts,
 )
+from specdec_kernels.hf import attention
 from specdec_kernels.hf.compiled import bucket, compiled_capacity, pad_tree
 from specdec_kernels.tree import TokenTree
 
@@ -45,6 +46,29 @@ def _texts(model, rows, truth, new: int, compile: object) -> list[list[int]]:
     output = model.generate(**inputs, max_new_tokens=new, do_sample=False, custom_generate=decoder)
     assert decoder.stats.tokens_per_step > 1.3
     return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+class _NotInGraphs:
+    """A context variable as torch 2.13 has it."""
+
+    def __init__(self, name: str) -> None:
+        self._variable = getattr(attention, name)
+        self.set, self.reset = self._variable.set, self._variable.reset
+
+    def get(self) -> object:
+        assert not torch.compiler.is_compiling()
+        return self._variable.get()
+
+
+def test_a_graph_reads_no_context_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch before 2.14 cannot."""
+    model = make_tiny_model()
+    rows = random_prompts((9, 14), VOCAB)
+    truth = [greedy(model, r, 20) for r in rows]
+    for name in ("_call", "_ragged"):
+        monkeypatch.setattr(attention, name, _NotInGraphs(name))
+    texts = _texts(model, rows, truth, 12, "eager")
+    assert texts == [t[len(r) : len(r) + 12] for r, t in zip(rows, truth, strict=True)]
 
 
 def test_all_steps_and_lengths_share_one_graph() -> None:
