@@ -18,7 +18,7 @@ from pretend_device import DEVICE, moved, pretending
 from prompts import left_pad, random_prompts
 from test_heads import TREES
 from test_speculative_streaming import _saved
-from tiny_media import media_inputs, media_prompts, tiny_media_model
+from tiny_media import PLANS, media_inputs, media_prompts, tiny_media_model
 from tiny_models import VOCAB
 from tiny_models import tiny_model as tiny_of
 from toy_target import ToyTarget
@@ -177,7 +177,7 @@ def test_a_draft_model(target, draft_model, events, tree: str) -> None:
 @pytest.mark.parametrize("model_type", ["llava", "qwen3_vl", "gemma3"])
 def test_prompts_with_images(events, model_type: str) -> None:
     model = tiny_media_model(model_type)
-    inputs = media_inputs(model_type, media_prompts(model_type, (3, 2, 4), (9,), (5, 0)))
+    inputs = media_inputs(model_type, media_prompts(model_type, *PLANS))
     if model_type == "qwen3_vl":  # which finds them in a way that needs a real device
         ids = inputs["input_ids"]
         inputs["position_ids"] = model._prepare_position_ids_for_generation(ids, inputs)

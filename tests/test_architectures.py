@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -148,13 +150,17 @@ def test_heads_see_the_last_hidden_states(model_type: str) -> None:
 def test_the_first_layers_draft(model_type: str) -> None:
     """Wherever in the model its decoder is."""
     model = tiny_model(model_type)
+    _check_early_exit(model)
+    assert len(decoder_of(model).layers) == 3
+
+
+def _check_early_exit(model: Any) -> None:
     decoder = SpeculativeDecoder(ModelDrafter(EarlyExitModel(2), TopKTree(8)), budget=False)
     inputs = left_pad(random_prompts((9, 14), VOCAB))
     options = {"max_new_tokens": NEW, "do_sample": False}
     output = model.generate(**inputs, custom_generate=decoder, **options)
     assert output.equal(model.generate(**inputs, **options))
     assert decoder.stats.num_failures == 0 and all(decoder.stats.num_drafted)
-    assert len(decoder_of(model).layers) == 3
 
 
 @pytest.mark.parametrize("model_type", ["llama", "modernbert-decoder"])
@@ -162,12 +168,7 @@ def test_the_first_layers_draft_with_their_adapters(model_type: str) -> None:
     config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(tiny_model(model_type), config).eval()
     assert decoder_of(model) is decoder_of(model.get_base_model())
-    decoder = SpeculativeDecoder(ModelDrafter(EarlyExitModel(2), TopKTree(8)), budget=False)
-    inputs = left_pad(random_prompts((9, 14), VOCAB))
-    options = {"max_new_tokens": NEW, "do_sample": False}
-    output = model.generate(**inputs, custom_generate=decoder, **options)
-    assert output.equal(model.generate(**inputs, **options))
-    assert decoder.stats.num_failures == 0 and all(decoder.stats.num_drafted)
+    _check_early_exit(model)
 
 
 def test_windows_matter_at_these_lengths() -> None:

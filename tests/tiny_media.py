@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMu
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 IMAGE, VIDEO, START, END = 5, 6, 7, 8
+PLANS = ((3, 2, 4), (9,), (5, 0))
+"""Words around the images of three prompts: of two images, none, and one at the end."""
 _FIRST_WORD = 20
 
 _VISION: dict[str, Any] = ENCODER_SIZES | {"num_hidden_layers": 2}

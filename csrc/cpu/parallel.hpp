@@ -27,7 +27,10 @@ void parallel_for(int64_t num, int64_t grain, const Body& body) {
 // Fewest that are worth a thread of values that take some arithmetic each.
 constexpr int64_t kValuesPerThread = 16384;
 
-// Fewest rows of `vocab` values that are worth a thread: its start costs some microseconds.
-constexpr int64_t rows_per_thread(int64_t vocab) { return 1 + 65536 / (vocab + 1); }
+// Fewest rows of `size` values that are worth a thread, whose start costs some microseconds: so
+// many values, which are read and little more unless said otherwise.
+constexpr int64_t rows_per_thread(int64_t size, int64_t values = 65536) {
+  return 1 + values / (size + 1);
+}
 
 }  // namespace specdec

@@ -51,7 +51,7 @@ void rms_norm(const RmsNormParams& params) {
     const T* x = static_cast<const T*>(params.x);
     const T* weight = static_cast<const T*>(params.weight);
     T* out = static_cast<T*>(params.out);
-    parallel_for(params.rows, 1 + kValuesPerThread / (params.features + 1),
+    parallel_for(params.rows, rows_per_thread(params.features, kValuesPerThread),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t row = begin; row < end; ++row) {
                      norm_row(x + row * params.stride_row, weight, out + row * params.features,

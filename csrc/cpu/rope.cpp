@@ -48,7 +48,7 @@ void rope(const RopeParams& params) {
   const int64_t head_size = int64_t{params.nodes} * params.head_dim;
   with_dtype(params.dtype, [&](auto tag) {
     using T = decltype(tag);
-    parallel_for(params.batch * heads, 1 + kValuesPerThread / (head_size + 1),
+    parallel_for(params.batch * heads, rows_per_thread(head_size, kValuesPerThread),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t task = begin; task < end; ++task) {
                      const int64_t b = task / heads, h = task % heads;
